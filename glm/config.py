@@ -1,0 +1,280 @@
+"""The schema of params.yaml: every knob of a run, its type, its bounds, and what must not be combined.
+
+Names follow transformers, peft and trl where they exist. `load_params` is the one way in: it refuses unknown keys (naming
+the nearest valid one), wrong types, values out of bounds and contradictions before anything runs, all faults at once.
+`python -m glm.config` writes the JSON schema for editors.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from glm.errors import InputError
+
+EMBEDDED = "embedded"  # the value of model.path that stands for the tiny model made by the base step
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EmbeddedModel(Section):
+    """The tiny ChatGLM2-shaped model and its tokenizer, trained on the reviews of the training split."""
+
+    vocab_size: int = Field(2048, ge=512, le=8000, description="sentencepiece pieces, before the special tokens")
+    hidden_size: int = Field(128, ge=16, le=1024)
+    num_layers: int = Field(4, ge=1, le=24)
+    num_attention_heads: int = Field(4, ge=1)
+    multi_query_group_num: int = Field(2, ge=1, description="key/value heads")
+    ffn_hidden_size: int = Field(344, ge=16)
+    num_train_epochs: float = Field(8.0, gt=0)
+    learning_rate: float = Field(4e-3, gt=0, lt=1)
+    tokens_per_batch: int = Field(2048, ge=64, description="tokens of one optimizer step")
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_attention_heads ({self.num_attention_heads}) times a "
+                "multiple of 4 (half of each head is rotated, in pairs)"
+            )
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of multi_query_group_num "
+                f"{self.multi_query_group_num}"
+            )
+        return self
+
+
+class Model(Section):
+    """The base model. Every stage reads it from models/base, which the base step makes or points to."""
+
+    path: str = Field(EMBEDDED, min_length=1, description="'embedded', a folder, or a hub id")
+    revision: str | None = Field(None, description="hub commit; recorded, and required to be able to reproduce a run")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    embedded: EmbeddedModel = EmbeddedModel()
+
+    @model_validator(mode="after")
+    def revision_needs_hub(self) -> Self:
+        if self.revision and self.path == EMBEDDED:
+            raise ValueError("revision names a commit on the hub, but path is 'embedded': leave revision empty")
+        return self
+
+
+class Data(Section):
+    """Which datasets (keys of data/dataset_info.json) feed which stage, and how rows become tokens."""
+
+    dataset_dir: str = "data"
+    sft: list[str] = Field(["reviews_sft"], min_length=1)
+    reward: list[str] = Field(["reviews_pairs"], min_length=1)
+    ppo: list[str] = Field(["reviews_prompts"], min_length=1)
+    max_samples: int | None = Field(None, ge=8, description="rows kept per dataset and split, chosen by their hash")
+    dev_ratio: float = Field(0.05, ge=0, le=0.5)
+    test_ratio: float = Field(0.05, gt=0, le=0.5)
+    max_source_length: int = Field(512, ge=16, description="tokens of the prompt; old rounds are cut first")
+    max_target_length: int = Field(512, ge=4, description="tokens of the answer")
+    source_prefix: str = Field("", description="system prompt, joined by a newline in training and in chat alike")
+
+    @model_validator(mode="after")
+    def something_left_to_train_on(self) -> Self:
+        if self.dev_ratio + self.test_ratio > 0.8:
+            raise ValueError(
+                f"dev_ratio {self.dev_ratio} + test_ratio {self.test_ratio} leave less than 0.2 of the rows for training"
+            )
+        return self
+
+
+class Tuning(Section):
+    """What SFT and reward model have in common: LoRA and its training."""
+
+    method: Literal["lora"] = "lora"
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    lora_target: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="module names; query_key_value stands for q/k/v_proj on models that split them"
+    )
+    learning_rate: float = Field(5e-5, gt=0, lt=1)
+    num_train_epochs: float = Field(3.0, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: by num_train_epochs")
+    per_device_train_batch_size: int = Field(4, ge=1)
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int = Field(100, ge=1, description="optimizer steps between two looks at the dev split")
+
+    @model_validator(mode="after")
+    def some_steps(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps 0 would train nothing: -1 means as num_train_epochs says")
+        return self
+
+
+class Sft(Tuning):
+    """Supervised fine-tuning on prompt and answer; the loss counts answers only."""
+
+
+class Reward(Tuning):
+    """Pairwise reward model (Ouyang et al. 2022, eq. 1), a LoRA and a scalar head that start from the SFT adapter."""
+
+    init: Literal["sft", "base"] = Field("sft", description="which weights the reward LoRA starts from")
+    minimum_accuracy: float = Field(
+        0.6, ge=0, le=1, description="held-out pair accuracy below which PPO refuses to use the model"
+    )
+
+
+class Ppo(Section):
+    """Proximal policy optimisation (Schulman et al. 2017) against the reward model, with a KL penalty to SFT."""
+
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    max_steps: int = Field(60, ge=1, description="rollout batches")
+    batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
+    mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
+    ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
+    max_new_tokens: int = Field(32, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    cliprange: float = Field(0.2, gt=0, lt=1)
+    cliprange_value: float = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, ge=0)
+    kl_coef: float = Field(0.2, ge=0, description="weight of the per-token KL penalty; the start value if adaptive")
+    kl_target: float | None = Field(6.0, gt=0, description="nats a response; empty: kl_coef stays fixed")
+    kl_horizon: int = Field(10000, ge=1, description="responses over which the adaptive coefficient settles")
+    kl_stop: float = Field(25.0, gt=0, description="nats a response at which a runaway run is stopped")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a response cut at max_new_tokens")
+    max_grad_norm: float = Field(1.0, gt=0)
+    eval_steps: int = Field(10, ge=1, description="rollout batches between two looks at the dev prompts")
+
+    @model_validator(mode="after")
+    def batches_divide(self) -> Self:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}")
+        return self
+
+
+class Evaluate(Section):
+    """Held-out comparison of base, SFT and PPO on the test split."""
+
+    max_samples: int = Field(200, ge=4, description="test rows that are answered and scored")
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(64, ge=2)
+
+
+class Export(Section):
+    """The merged model that plain transformers loads."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_shard_size: str = Field("2GB", pattern=r"^\d+(MB|GB)$")
+
+
+class Promote(Section):
+    """Where the result is registered in MLflow."""
+
+    model_name: str = Field("rlhf-policy", pattern=r"^[A-Za-z0-9_.-]+$")
+
+
+class Tracking(Section):
+    """How runs are logged. The store itself is chosen by MLFLOW_TRACKING_URI, else it is mlruns/mlflow.db."""
+
+    experiment: str = Field("rlhf-pipeline", min_length=1)
+    system_metrics: bool = True
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: int = Field(42, ge=0, le=2**32 - 1)
+    model: Model = Model()
+    data: Data = Data()
+    sft: Sft = Sft()
+    reward: Reward = Reward()
+    ppo: Ppo = Ppo()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    promote: Promote = Promote()
+    tracking: Tracking = Tracking()
+
+
+def load_params(path: str | Path = "params.yaml", overrides: dict[str, Any] | None = None) -> Params:
+    """Read and validate a parameter file.
+
+    `overrides` maps dotted names to values (`{"ppo.learning_rate": 2e-5}`) and is applied before validation.
+
+    Raises:
+        InputError: the file is missing or is not YAML, or one or more values are wrong; the message has a line a fault.
+    """
+    values = _read_yaml(Path(path))
+    for name, value in (overrides or {}).items():
+        _set_dotted(values, name, value)
+    return validate_params(values, where=str(path))
+
+
+def validate_params(values: Any, where: str = "params") -> Params:
+    """Validate plain values against the schema. `where` names their source in the error's lines."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping of sections ({', '.join(Params.model_fields)}), found {values!r}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the parameters of a run are read from params.yaml in the project's root") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+
+
+def _set_dotted(values: Any, name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    node = values
+    for section in sections:
+        if not isinstance(node, dict) or not isinstance(node.setdefault(section, {}), dict):
+            raise InputError(f"overrides: {name!r}: {section!r} is not a section of params.yaml")
+        node = node[section]
+    node[key] = value
+
+
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault: the dotted name, what is wrong, the value."""
+    location = [str(part) for part in fault["loc"]]
+    name = ".".join(location) or "params"
+    if fault["type"] == "extra_forbidden":
+        known = _known_names(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known here: {', '.join(known)}"
+        return f"unknown key {name}; {hint}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{name}: {message} (found {fault['input']!r})" if fault["type"] != "value_error" else f"{name}: {message}"
+
+
+def _known_names(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Params
+    for part in location:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+if __name__ == "__main__":
+    print(json.dumps(Params.model_json_schema(), indent=2))
