@@ -1,8 +1,8 @@
 """The schema of params.yaml: every knob of a run, its type, its bounds, and what must not be combined.
 
-Names follow transformers, peft and trl where they exist. `load_params` is the one way in: it refuses unknown keys (naming
-the nearest valid one), wrong types, values out of bounds and contradictions before anything runs, all faults at once.
-`python -m glm.config` writes the JSON schema for editors.
+Names follow transformers, peft and trl where they exist. `load_params` is the one way in: it refuses unknown keys
+(naming the nearest valid one), wrong types, values out of bounds and contradictions before anything runs, all faults at
+once. `python -m glm.config` writes the JSON schema for editors.
 """
 
 import difflib
@@ -28,7 +28,7 @@ class Section(BaseModel):
 class EmbeddedModel(Section):
     """The tiny ChatGLM2-shaped model and its tokenizer, trained on the reviews of the training split."""
 
-    vocab_size: int = Field(2048, ge=512, le=8000, description="sentencepiece pieces, before the special tokens")
+    vocab_size: int = Field(3000, ge=512, le=8000, description="sentencepiece pieces, before the special tokens")
     hidden_size: int = Field(128, ge=16, le=1024)
     num_layers: int = Field(4, ge=1, le=24)
     num_attention_heads: int = Field(4, ge=1)
@@ -72,6 +72,7 @@ class Data(Section):
     """Which datasets (keys of data/dataset_info.json) feed which stage, and how rows become tokens."""
 
     dataset_dir: str = "data"
+    text: list[str] = Field(["reviews_text"], description="plain text for the embedded base model; else empty")
     sft: list[str] = Field(["reviews_sft"], min_length=1)
     reward: list[str] = Field(["reviews_pairs"], min_length=1)
     ppo: list[str] = Field(["reviews_prompts"], min_length=1)
@@ -86,21 +87,14 @@ class Data(Section):
     def something_left_to_train_on(self) -> Self:
         if self.dev_ratio + self.test_ratio > 0.8:
             raise ValueError(
-                f"dev_ratio {self.dev_ratio} + test_ratio {self.test_ratio} leave less than 0.2 of the rows for training"
+                f"dev_ratio {self.dev_ratio} + test_ratio {self.test_ratio} leave under 0.2 of the rows to train on"
             )
         return self
 
 
-class Tuning(Section):
-    """What SFT and reward model have in common: LoRA and its training."""
+class Training(Section):
+    """What SFT and reward model have in common; names and meanings are those of transformers' TrainingArguments."""
 
-    method: Literal["lora"] = "lora"
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: float = Field(32.0, gt=0)
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
-    lora_target: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="module names; query_key_value stands for q/k/v_proj on models that split them"
-    )
     learning_rate: float = Field(5e-5, gt=0, lt=1)
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: by num_train_epochs")
@@ -121,22 +115,33 @@ class Tuning(Section):
         return self
 
 
-class Sft(Tuning):
-    """Supervised fine-tuning on prompt and answer; the loss counts answers only."""
+class Sft(Training):
+    """Supervised fine-tuning on prompt and answer; the loss counts answers only.
 
+    The LoRA's shape is given here for the whole pipeline: reward model and policy start as copies of the SFT adapter.
+    """
 
-class Reward(Tuning):
-    """Pairwise reward model (Ouyang et al. 2022, eq. 1), a LoRA and a scalar head that start from the SFT adapter."""
-
-    init: Literal["sft", "base"] = Field("sft", description="which weights the reward LoRA starts from")
-    minimum_accuracy: float = Field(
-        0.6, ge=0, le=1, description="held-out pair accuracy below which PPO refuses to use the model"
+    method: Literal["lora"] = "lora"
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    lora_target: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="module names; query_key_value stands for q/k/v_proj on models that split them"
     )
+
+
+class Reward(Training):
+    """Pairwise reward model (Ouyang et al. 2022, eq. 1): a LoRA and a scalar head."""
+
+    init: Literal["sft", "base"] = Field("sft", description="the LoRA starts as a copy of the SFT adapter, or fresh")
 
 
 class Ppo(Section):
     """Proximal policy optimisation (Schulman et al. 2017) against the reward model, with a KL penalty to SFT."""
 
+    minimum_reward_accuracy: float = Field(
+        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which PPO refuses to use it"
+    )
     learning_rate: float = Field(1e-5, gt=0, lt=1)
     max_steps: int = Field(60, ge=1, description="rollout batches")
     batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
@@ -160,7 +165,9 @@ class Ppo(Section):
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
         if self.batch_size % self.mini_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
         return self
 
 
@@ -170,6 +177,7 @@ class Evaluate(Section):
     max_samples: int = Field(200, ge=4, description="test rows that are answered and scored")
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(64, ge=2)
+    temperature: float = Field(1.0, gt=0, description="of the sampled answers whose reward and KL are measured")
 
 
 class Export(Section):
@@ -224,7 +232,9 @@ def load_params(path: str | Path = "params.yaml", overrides: dict[str, Any] | No
 def validate_params(values: Any, where: str = "params") -> Params:
     """Validate plain values against the schema. `where` names their source in the error's lines."""
     if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a mapping of sections ({', '.join(Params.model_fields)}), found {values!r}")
+        raise InputError(
+            f"{where}: expected a mapping of sections ({', '.join(Params.model_fields)}), found {values!r}"
+        )
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -235,7 +245,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the parameters of a run are read from params.yaml in the project's root") from None
+        raise InputError(
+            f"{path}: no such file; the parameters of a run are read from params.yaml in the project's root"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
@@ -263,7 +275,9 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = _known_names(location[:-1])
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known here: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known here: {', '.join(known)}"
+        )
         return f"unknown key {name}; {hint}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name}: {message} (found {fault['input']!r})" if fault["type"] != "value_error" else f"{name}: {message}"

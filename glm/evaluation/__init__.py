@@ -1,0 +1,1 @@
+"""How good an answer, a reward model or a policy is."""

@@ -1,0 +1,70 @@
+"""Compare base, SFT and PPO on the test split.
+
+Loss on the reference answers, BLEU and ROUGE of greedy answers, reward and KL of sampled ones. Writes reports/evaluate:
+predictions.jsonl (every greedy answer with its row id and reference) and samples.json (three prompts, side by side).
+"""
+
+import json
+from pathlib import Path
+
+from glm.data.prepare import question_of, read_split
+from glm.files import replace_folder, write_json, write_jsonl
+from tasks.base_model import load_base
+from tasks.stage import Stage, main
+
+ROWS = "prepared/rows"
+ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
+SAMPLES = 3
+
+
+def run(stage: Stage) -> dict[str, float]:
+    from glm.data.encode import dialogue, prompt_ids
+    from glm.evaluation.text_metrics import corpus_scores
+    from glm.generation.decode import decode, generate
+    from glm.training import ppo, sft
+
+    params, options = stage.params, stage.params.evaluate
+    base, tokenizer = load_base(params)
+    actors = ppo.Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
+    rows = read_split(ROWS, "sft", "test")
+    examples = [dialogue(tokenizer, row["messages"], params.data) for row in rows]
+    asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
+    prompts = [prompt_ids(tokenizer, row["messages"][:-1], params.data)[0] for row in asked]
+    labels = [row["messages"][-1]["content"] for row in asked]
+    policy_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
+    policy_prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in policy_rows]
+    stage.log_dataset("sft", f"{ROWS}/sft/test.jsonl", split="test", rows=len(rows))
+    stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(policy_rows))
+
+    reward_metrics = json.loads(Path("metrics/reward.json").read_text(encoding="utf-8"))
+    metrics = {"reward.accuracy": reward_metrics["test_accuracy"]}
+    texts: dict[str, list[str]] = {}
+    for number, (who, adapter) in enumerate(ADAPTERS.items()):
+        stage.progress(3 * number, 3 * len(ADAPTERS), f"{who}: loss")
+        actors.use(adapter)
+        metrics[f"{who}.loss"] = sft.mean_loss(actors.model, tokenizer, examples, options.batch_size)
+        stage.progress(3 * number + 1, 3 * len(ADAPTERS), f"{who}: greedy answers")
+        answers = generate(
+            actors.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        )
+        texts[who] = [decode(tokenizer, answer) for answer in answers]
+        found = corpus_scores(texts[who], labels)
+        stage.progress(3 * number + 2, 3 * len(ADAPTERS), f"{who}: reward and KL")
+        found |= ppo.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
+        metrics |= {f"{who}.{name}": value for name, value in found.items()}
+    stage.progress(3 * len(ADAPTERS), 3 * len(ADAPTERS))
+
+    predictions = [
+        {"id": row["id"], "prompt": question_of(row), "label": label, **{who: texts[who][at] for who in ADAPTERS}}
+        for at, (row, label) in enumerate(zip(asked, labels, strict=True))
+    ]
+    with replace_folder("reports/evaluate") as folder:
+        write_jsonl(folder / "predictions.jsonl", predictions)
+        chosen = predictions[:: max(1, len(predictions) // SAMPLES)][:SAMPLES]
+        write_json(folder / "samples.json", [{key: p[key] for key in ("prompt", *ADAPTERS)} for p in chosen])
+    stage.log_artifact("reports/evaluate")
+    return metrics
+
+
+if __name__ == "__main__":
+    main("evaluate", run)

@@ -1,0 +1,61 @@
+"""PPO from models/sft against models/reward on the prompts of prepared/rows/ppo; writes models/ppo."""
+
+import json
+from pathlib import Path
+
+from glm.data.prepare import read_split
+from glm.errors import InputError
+from glm.files import replace_folder
+from tasks.base_model import BASE, load_base
+from tasks.stage import Stage, main
+
+ROWS = "prepared/rows"
+SFT = Path("models/sft")
+
+
+def run(stage: Stage) -> dict[str, float]:
+    from glm.data.encode import prompt_ids
+    from glm.models.adapters import save_lora
+    from glm.training import ppo
+
+    params = stage.params
+    check_reward_model(params.ppo.minimum_reward_accuracy)
+    model, tokenizer = load_base(params)
+    prompts = {}
+    for split in ("train", "dev"):
+        rows = read_split(ROWS, "ppo", split)
+        prompts[split] = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in rows]
+        stage.log_dataset("ppo", f"{ROWS}/ppo/{split}.jsonl", split=split, rows=len(rows))
+    actors = ppo.Actors(model, policy=SFT, reference=SFT, reward=Path("models/reward"))
+    numbers = ppo.train(
+        actors,
+        tokenizer,
+        prompts["train"],
+        prompts["dev"],
+        params.ppo,
+        seed=params.seed,
+        log=stage.log,
+        progress=stage.progress,
+    )
+    with replace_folder("models/ppo") as folder:
+        save_lora(actors.model, folder, BASE, name="policy")
+    stage.log_adapter("models/ppo")
+    return numbers
+
+
+def check_reward_model(minimum_accuracy: float) -> None:
+    """Refuse a reward model that orders held-out answers little better than chance: PPO would chase noise.
+
+    Raises:
+        InputError: its accuracy on the test pairs is below `minimum_accuracy`.
+    """
+    accuracy = json.loads(Path("metrics/reward.json").read_text(encoding="utf-8"))["test_accuracy"]
+    if accuracy < minimum_accuracy:
+        raise InputError(
+            f"the reward model orders {accuracy:.3f} of the held-out pairs rightly, ppo.minimum_reward_accuracy is "
+            f"{minimum_accuracy}: train it longer or on more pairs, or lower the bound"
+        )
+
+
+if __name__ == "__main__":
+    main("ppo", run)
