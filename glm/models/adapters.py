@@ -75,7 +75,8 @@ def load_more_lora(model: PeftModel, folder: str | Path, name: str) -> None:
 def save_lora(model: PeftModel, folder: str | Path, base: str, name: str = "default") -> None:
     """Write one adapter in PEFT's format into the existing `folder`. `base` is recorded as the model it stands on."""
     model.peft_config[name].base_model_name_or_path = base
-    model.save_pretrained(str(folder), selected_adapters=[name])
+    # Left to itself, PEFT takes the padded vocabularies of ChatGLM for resized ones and saves the whole embedding.
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
     folder = Path(folder)
     if name != "default":  # PEFT puts other adapters into a sub-folder
         for path in (folder / name).iterdir():

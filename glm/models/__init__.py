@@ -1,0 +1,21 @@
+"""Models and tokenizers: `load_model` and `load_tokenizer` take every layout that this project knows.
+
+Importing this package registers ChatGLM-6B and its authors' quantised format with transformers' Auto classes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from glm.models import chatglm1, quantization  # noqa: F401 (registers with transformers)
+from glm.models.loading import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["load_model", "load_tokenizer"]
+
+
+def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, **options: Any) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model folder or hub id; see `glm.models.tokenization.load_tokenizer`."""
+    from glm.models import tokenization  # sentencepiece loads only where a tokenizer is wanted
+
+    return tokenization.load_tokenizer(path_or_hub_id, revision=revision, **options)
