@@ -34,7 +34,7 @@ class EmbeddedModel(Section):
     num_attention_heads: int = Field(4, ge=1)
     multi_query_group_num: int = Field(2, ge=1, description="key/value heads")
     ffn_hidden_size: int = Field(344, ge=16)
-    num_train_epochs: float = Field(8.0, gt=0)
+    num_train_epochs: float = Field(3.0, gt=0)
     learning_rate: float = Field(4e-3, gt=0, lt=1)
     tokens_per_batch: int = Field(2048, ge=64, description="tokens of one optimizer step")
 

@@ -1,5 +1,6 @@
 """Writing files and folders so that a reader never sees half of one: write beside the target, then rename."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read one JSON object a line."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+def file_hash(path: Path, algorithm: str) -> str:
+    """Hex digest of a file's content, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A real model is not copied: models/base/source.json names its folder or hub comm
 """
 
 from glm.config import EMBEDDED
-from glm.data.prepare import question_of, read_split
+from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json
 from tasks.base_model import BASE, describe
 from tasks.stage import Stage, main

@@ -7,7 +7,7 @@ predictions.jsonl (every greedy answer with its row id and reference) and sample
 import json
 from pathlib import Path
 
-from glm.data.prepare import question_of, read_split
+from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json, write_jsonl
 from tasks.base_model import load_base
 from tasks.stage import Stage, main

@@ -9,7 +9,6 @@ from tasks.stage import Stage, main
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROBES = ("写一条酒店评论，以“房间”开头。", "你好", "1 + 1 = 2, 中英 mixed\n\ttext")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit: what rounding may change
 
 
@@ -18,15 +17,11 @@ def run(stage: Stage) -> dict[str, float]:
 
     from glm.models import load_model
     from glm.models.adapters import load_lora
-    from glm.models.fast_tokenizer import to_fast
     from glm.models.saving import probe_outputs, save_merged
-    from glm.models.tokenization_chatglm2 import ChatGLM2Tokenizer
 
     options = stage.params.export
     path, revision = base_source()
     tokenizer = load_base_tokenizer()
-    if isinstance(tokenizer, ChatGLM2Tokenizer):
-        tokenizer = to_fast(tokenizer, PROBES)
     adapted = load_lora(load_model(path, dtype=options.dtype, revision=revision), Path("models/ppo"))
     wanted = probe_outputs(adapted).float()
     merged = save_merged(adapted, tokenizer, "models/export", max_shard_size=options.max_shard_size)

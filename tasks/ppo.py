@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from glm.data.prepare import read_split
+from glm.data.rows import read_split
 from glm.errors import InputError
 from glm.files import replace_folder
 from tasks.base_model import BASE, load_base

@@ -1,6 +1,7 @@
 """Turn the fetched files into checked, de-duplicated rows, prepared/rows/<use>/<split>.jsonl, and count them."""
 
-from glm.data.prepare import SPLITS, prepare
+from glm.data.prepare import prepare
+from glm.data.rows import SPLITS
 from tasks.stage import Stage, main
 
 

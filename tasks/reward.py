@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm.config import Data
-from glm.data.prepare import read_split
+from glm.data.rows import read_split
 from glm.files import replace_folder
 from tasks.base_model import BASE, load_base
 from tasks.stage import Stage, main
@@ -40,6 +40,7 @@ def run(stage: Stage) -> dict[str, float]:
     held_out = reward.evaluate(trained, tokenizer, examples["test"], params.reward.per_device_eval_batch_size)
     with replace_folder("models/reward") as folder:
         reward.save(trained, folder, BASE)
+    stage.log_reward_model("models/reward")
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
 
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a LoRA on models/base with the rows of prepared/rows/sft; writes models/sft."""
 
-from glm.data.prepare import read_split
+from glm.data.rows import read_split
 from tasks.base_model import load_base
 from tasks.stage import Stage, main
 

@@ -1,7 +1,7 @@
 """Rows → token ids by the model's chat template; labels on answers only.
 
-Training, evaluation and chat all go through `tokenizer.apply_chat_template`, so that what a model is asked is what it
-learned. Text from outside never becomes a control token (glm.models.chat_encoding).
+Training, evaluation and chat all go through `glm.models.chat_encoding`, so that what a model is asked is what it
+learned, and text from outside never becomes a control token.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Data
 from glm.errors import InputError
+from glm.models.chat_encoding import encode_messages
 
 IGNORED = -100  # the label that cross entropy leaves out
 
@@ -28,31 +29,15 @@ def dialogue(tokenizer: PreTrainedTokenizerBase, messages: list[Message], params
     The prompt of the last answer keeps within `params.max_source_length`, that answer within
     `params.max_target_length`; an answer that is cut loses its end token too, since a model should not learn to stop in
     the middle of a sentence.
-
-    Raises:
-        InputError: the template marks no answers and does not simply continue a prompt, so that labels cannot be
-        placed.
     """
     fitted = fit(tokenizer, messages[:-1], params)
-    prompt = _render(tokenizer, fitted)
-    whole = [*fitted, messages[-1]]
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(whole, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
-        if ids[: len(prompt)] != prompt:
-            raise InputError(
-                f"{tokenizer.name_or_path}: its chat template has no {{% generation %}} marks and renders an answer "
-                "otherwise than its prompt foretells: labels cannot be placed; add the marks to the template"
-            )
-        mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    longest = len(prompt) + params.max_target_length
-    labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+    longest = len(_render(tokenizer, fitted)) + params.max_target_length
+    chat = encode_messages(tokenizer, [*fitted, messages[-1]])
+    labels = [token if learned else IGNORED for token, learned in zip(chat.input_ids, chat.assistant_mask, strict=True)]
     return {
-        "input_ids": ids[:longest],
+        "input_ids": chat.input_ids[:longest],
         "labels": labels[:longest],
-        "truncated": len(ids) > longest or fitted != with_prefix(messages[:-1], params.source_prefix),
+        "truncated": len(chat.input_ids) > longest or fitted != with_prefix(messages[:-1], params.source_prefix),
     }
 
 
@@ -116,4 +101,4 @@ def _shorten(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return encode_messages(tokenizer, messages, add_generation_prompt=True).input_ids

@@ -14,14 +14,12 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from glm.data import reviews
 from glm.data.registry import Entry
+from glm.data.rows import Row, Use
 from glm.errors import InputError
-
-Use = Literal["text", "sft", "reward", "ppo"]
-Row = dict[str, Any]
 
 CONVERTERS: dict[str, Callable[[Path], list[Row]]] = {
     "reviews_text": reviews.text_rows,

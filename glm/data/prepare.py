@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from glm.config import Data
-from glm.data.formats import Row, Use, read_rows
+from glm.data.formats import read_rows
 from glm.data.registry import Entry
+from glm.data.rows import SPLITS, Row, Use, question_of
 from glm.errors import InputError
-from glm.files import read_jsonl, replace_folder, write_json, write_jsonl
+from glm.files import replace_folder, write_json, write_jsonl
 
-SPLITS = ("train", "dev", "test")
 USES: tuple[Use, ...] = ("text", "sft", "reward", "ppo")
 
 
@@ -55,19 +55,6 @@ def prepare(params: Data, raw: str | Path, out: str | Path) -> dict[str, Any]:
                 write_jsonl(folder / use / f"{split}.jsonl", splits[split])
         write_json(folder / "report.json", report)
     return report
-
-
-def read_split(folder: str | Path, use: Use, split: str) -> list[Row]:
-    """The rows of one split as `prepare` wrote them."""
-    return read_jsonl(Path(folder) / use / f"{split}.jsonl")
-
-
-def question_of(row: Row) -> str:
-    """The first thing the user says (or the text); rows that share it share a split."""
-    if "text" in row:
-        return row["text"]
-    messages = row["messages"] if "messages" in row else row["prompt"]
-    return next(message["content"] for message in messages if message["role"] == "user")
 
 
 def _read_one(

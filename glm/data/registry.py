@@ -11,7 +11,6 @@ converter of glm.data.formats where the columns alone do not say what a row is.
 """
 
 import difflib
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glm.errors import InputError
-from glm.files import replace_folder, write_json
+from glm.files import file_hash, replace_folder, write_json
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
@@ -151,12 +150,6 @@ def fetch(names: list[str], dataset_dir: str | Path, out: str | Path) -> dict[st
             sources[name] = {"entry": entry.model_dump(exclude_none=True), "sha256": hashes}
         write_json(folder / "sources.json", sources)
     return sources
-
-
-def file_hash(path: Path, algorithm: str) -> str:
-    """Hex digest of a file's content, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _check_hashes(name: str, entry: Entry, folder: Path) -> None:

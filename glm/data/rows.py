@@ -1,0 +1,24 @@
+"""Reading the rows that `glm.data.prepare` wrote; their shapes are described in glm.data.formats."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from glm.files import read_jsonl
+
+Use = Literal["text", "sft", "reward", "ppo"]
+Row = dict[str, Any]
+
+SPLITS = ("train", "dev", "test")
+
+
+def read_split(folder: str | Path, use: Use, split: str) -> list[Row]:
+    """The rows of one split."""
+    return read_jsonl(Path(folder) / use / f"{split}.jsonl")
+
+
+def question_of(row: Row) -> str:
+    """The first thing the user says (or the text); rows that share it share a split."""
+    if "text" in row:
+        return row["text"]
+    messages = row["messages"] if "messages" in row else row["prompt"]
+    return next(message["content"] for message in messages if message["role"] == "user")

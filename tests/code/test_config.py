@@ -1,0 +1,91 @@
+"""params.yaml: everything wrong is refused, by name, before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from glm.config import Params, load_params, validate_params
+from glm.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_project_s_own_file_is_valid_and_holds_every_knob() -> None:
+    params = load_params(ROOT / "params.yaml")
+    written = load_yaml(ROOT / "params.yaml")
+
+    def names(values: dict, prefix: str = "") -> set[str]:
+        return {
+            name
+            for key, value in values.items()
+            for name in (names(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"})
+        }
+
+    # A knob that stands only in the schema would be no dependency in dvc.yaml: changing its default would go unseen.
+    assert names(written) == names(params.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"ppo": {"learning_rat": 1e-5}}, ["unknown key ppo.learning_rat", "did you mean ppo.learning_rate?"]),
+        ({"pppo": {}}, ["unknown key pppo", "did you mean ppo?"]),
+        ({"model": {"embedded": {"hidden": 1}}}, ["unknown key model.embedded.hidden", "hidden_size"]),
+        ({"sft": {"lora_rank": "eight"}}, ["sft.lora_rank", "integer", "'eight'"]),
+        ({"sft": {"lora_rank": 0}}, ["sft.lora_rank", "greater than or equal to 1", "0"]),
+        ({"sft": {"method": "lorra"}}, ["sft.method", "'lora'", "'lorra'"]),
+        ({"ppo": {"learning_rate": 1.5}}, ["ppo.learning_rate", "less than 1", "1.5"]),
+        ({"ppo": {"batch_size": 10, "mini_batch_size": 4}}, ["ppo", "batch_size 10", "mini_batch_size 4"]),
+        ({"sft": {"max_steps": 0}}, ["sft", "max_steps 0"]),
+        ({"data": {"dev_ratio": 0.5, "test_ratio": 0.5}}, ["data", "dev_ratio 0.5", "test_ratio 0.5"]),
+        ({"data": {"sft": []}}, ["data.sft", "at least 1"]),
+        ({"model": {"revision": "abc"}}, ["model", "revision", "embedded"]),
+        ({"model": {"embedded": {"num_attention_heads": 3}}}, ["hidden_size 128", "num_attention_heads (3)"]),
+        ({"export": {"max_shard_size": "2 gigabytes"}}, ["export.max_shard_size", "2 gigabytes"]),
+        ({"seed": None}, ["seed", "integer", "None"]),
+        ({"ppo": 3}, ["ppo", "3"]),
+        ([], ["expected a mapping of sections", "[]"]),
+        (None, ["expected a mapping of sections", "None"]),
+    ],
+)
+def test_a_fault_is_named_with_its_value(values: object, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        validate_params(values, "params.yaml")
+    assert all(word in str(caught.value) for word in ["params.yaml", *words]), str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        validate_params({"seed": "x", "ppo": {"lam": 3, "gama": 1}})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_files_that_are_no_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(InputError, match="no such file"):
+        load_params(path)
+    path.write_text("seed: 1\n  ppo: {\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"params\.yaml, line 2: not valid YAML"):
+        load_params(path)
+    path.write_bytes(b"seed: \xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_params(path)
+
+
+def test_overrides_reach_their_section_and_are_validated() -> None:
+    assert load_params(ROOT / "params.yaml", {"ppo.learning_rate": 2e-5}).ppo.learning_rate == 2e-5
+    with pytest.raises(InputError, match=r"did you mean ppo\.learning_rate\?"):
+        load_params(ROOT / "params.yaml", {"ppo.learning_rte": 2e-5})
+    with pytest.raises(InputError, match="'seed' is not a section"):
+        load_params(ROOT / "params.yaml", {"seed.x": 1})
+
+
+def test_the_defaults_are_valid() -> None:
+    assert validate_params({}) == Params()
+
+
+def load_yaml(path: Path) -> dict:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
