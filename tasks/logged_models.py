@@ -1,0 +1,88 @@
+"""Logging models and adapters in MLflow so that they answer wherever the artifact is loaded.
+
+Pyfuncs from code (apps/mlflow_*.py) with the folders as artifacts and the package `glm` beside them. The flavour
+mlflow.transformers is not used: with a LoRA on a local base it writes the base again, under the adapter's key names,
+and loads it back with freshly initialised weights.
+
+All folders are copied into the store, so that a logged model outlives the workspace. A base folder holds a model, or a
+source.json that points to one; that one is not copied.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import glm
+from glm.config import Data
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+    from mlflow.models.model import ModelInfo
+
+APPS = Path(__file__).parent.parent / "apps"
+PACKAGES = (
+    *("mlflow", "torch", "transformers", "peft", "accelerate"),
+    *("sentencepiece", "safetensors", "pydantic", "ruamel.yaml"),
+)
+
+QUESTION = {"role": "user", "content": "写一条酒店评论，以“房间”开头。"}
+ANSWER = {"role": "assistant", "content": "房间很干净，服务也很好。"}
+EXAMPLE = {"messages": [QUESTION]}
+GENERATION = {"max_new_tokens": 128, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+
+
+def log_chat_model(
+    name: str, data: Data, base: str | Path, adapter: str | Path | None = None, tags: dict[str, str] | None = None
+) -> "ModelInfo":
+    """Log `base`, with or without a LoRA folder on it, to the active MLflow run: messages in, the answer out.
+
+    `data` gives what a prompt must have in common with training: the system prompt and the longest prompt.
+    """
+    from mlflow.models import infer_signature
+
+    signature = infer_signature([EXAMPLE], [ANSWER], params=GENERATION)
+    folders = {"base": str(base)} | ({"adapter": str(adapter)} if adapter else {})
+    config = {
+        "generation": GENERATION,
+        "data": data.model_dump(include={"source_prefix", "max_source_length"}),
+    }
+    return _log(name, "mlflow_model.py", folders, config, signature, EXAMPLE, tags)
+
+
+def log_reward_model(name: str, data: Data, base: str | Path, adapter: str | Path) -> "ModelInfo":
+    """Log a reward model, a LoRA with a head on `base`, to the active MLflow run: messages and answer in, score out."""
+    from mlflow.models import infer_signature
+
+    example = {"messages": [QUESTION, ANSWER]}
+    config = {"data": data.model_dump(include={"source_prefix", "max_source_length", "max_target_length"})}
+    folders = {"base": str(base), "adapter": str(adapter)}
+    return _log(name, "mlflow_reward_model.py", folders, config, infer_signature([example], [0.5]), example)
+
+
+def _log(
+    name: str,
+    code: str,
+    folders: dict[str, str],
+    config: dict[str, Any],
+    signature: "ModelSignature",
+    example: dict[str, Any],
+    tags: dict[str, str] | None = None,
+) -> "ModelInfo":
+    import mlflow
+
+    return mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(APPS / code),
+        artifacts=folders,
+        model_config=config,
+        code_paths=[str(Path(glm.__file__).parent)],
+        signature=signature,
+        input_example=example,
+        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in PACKAGES],
+        tags=tags,
+    )
+
+
+def folder_size(folder: str | Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

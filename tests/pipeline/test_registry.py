@@ -1,0 +1,265 @@
+"""Logged and registered models: real sqlite stores, a tiny model with a real tokenizer, loaded in other processes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from flows.registry import SmokeTestError, alias_version, moved_alias, register
+from glm.config import Params, validate_params
+from glm.errors import InputError
+from tasks.lineage import content_hash
+from tasks.logged_models import ANSWER, EXAMPLE, log_chat_model, log_reward_model
+from tasks.tracking import open_store
+
+ROOT = Path(__file__).parent.parent.parent
+NAME = "rlhf-policy"
+TEXTS = [
+    f"{place}的{thing}很{quality}，写一段评论。"
+    for place in "酒店书电脑"
+    for thing in "房间服务屏幕"
+    for quality in "好坏快慢"
+]
+ASK = """
+import json, sys, mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+question = json.loads(sys.argv[2])
+print(json.dumps(model.predict(question, params={"max_new_tokens": 8})))
+import glm
+print(glm.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random weights: `base`, a LoRA `adapter`, a `reward` model, and `export`: base and LoRA merged."""
+    from peft import LoraConfig, get_peft_model
+
+    from glm.config import EmbeddedModel
+    from glm.models.embedded import new_model, train_tokenizer
+    from glm.training import reward
+
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "base").mkdir()
+    tokenizer = train_tokenizer(TEXTS * 20, 400, folder / "base")
+    torch.manual_seed(0)
+    model = new_model(EmbeddedModel(hidden_size=32, num_layers=2, ffn_hidden_size=64), tokenizer)
+    model.save_pretrained(folder / "base")
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(str(folder / "adapter"))
+    (folder / "reward").mkdir()
+    reward.save(reward.RewardModel(tuned, torch.nn.Linear(32, 1, bias=False)), folder / "reward", "base")
+    tuned.merge_and_unload().save_pretrained(folder / "export")
+    tokenizer.save_pretrained(folder / "export")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without experiments: making the tables takes longer than most tests."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    shutil.copy(tables, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return open_store("rlhf-pipeline")[0]
+
+
+def outside() -> dict[str, str]:
+    """The environment of a process that does not know this checkout."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+def ask(model_uri: str, question: dict[str, object], elsewhere: Path) -> tuple[list[dict[str, str]], str]:
+    """The answer of a model loaded in a new process outside this checkout, and the `glm` it was loaded with."""
+    command = [sys.executable, "-c", ASK, model_uri, json.dumps(question)]
+    result = subprocess.run(command, cwd=elsewhere, env=outside(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    answer, package = result.stdout.splitlines()[-2:]
+    return json.loads(answer), package
+
+
+def expected_answer(folder: Path, new_tokens: int) -> str:
+    """The greedy answer by plain transformers."""
+    from transformers import GlmForCausalLM
+
+    from glm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    ids = tokenizer.apply_chat_template(EXAMPLE["messages"], add_generation_prompt=True, return_dict=False)
+    output = GlmForCausalLM.from_pretrained(folder).generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def test_a_logged_adapter_answers_from_the_artifact_alone(store: MlflowClient, models: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(models, workspace)
+    with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id) as run:
+        info = log_chat_model("sft-adapter", Params().data, workspace / "base", workspace / "adapter")
+    shutil.rmtree(workspace)
+    (output,) = store.get_run(run.info.run_id).outputs.model_outputs
+    assert output.model_id == info.model_id
+
+    (answer,), package = ask(info.model_uri, EXAMPLE, tmp_path)
+    assert answer == {"role": "assistant", "content": expected_answer(models / "export", 8)}
+    assert answer["content"] != expected_answer(models / "base", 8)
+    assert str(ROOT) not in package
+
+    signature = info.signature.to_dict()
+    assert json.loads(signature["inputs"])[0]["name"] == "messages"
+    assert {entry["name"] for entry in json.loads(signature["params"])} >= {
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+    }
+    model = mlflow.models.get_model_info(info.model_uri)
+    assert model.saved_input_example_info is not None
+    requirements = Path(mlflow.artifacts.download_artifacts(info.model_uri), "requirements.txt").read_text()
+    assert f"torch=={torch.__version__.partition('+')[0]}\n" in requirements
+
+
+def test_a_base_elsewhere_is_followed_and_the_system_prompt_is_kept(
+    store: MlflowClient, models: Path, tmp_path: Path
+) -> None:
+    pointer = tmp_path / "base"
+    pointer.mkdir()
+    (pointer / "source.json").write_text(json.dumps({"path": str(models / "base"), "revision": None}))
+    answers = []
+    for prefix in ("", "写评论"):
+        with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id):
+            data = validate_params({"data": {"source_prefix": prefix}}).data
+            info = log_chat_model("sft-adapter", data, pointer, models / "adapter")
+        model = mlflow.pyfunc.load_model(info.model_uri)
+        answers.append(model.predict(EXAMPLE, params={"max_new_tokens": 8})[0]["content"])
+        assert len(model.predict([EXAMPLE, EXAMPLE], params={"max_new_tokens": 4})) == 2
+        sampled = [
+            model.predict(EXAMPLE, params={"max_new_tokens": 8, "do_sample": True, "seed": seed})[0]["content"]
+            for seed in (1, 1, 2)
+        ]
+        assert sampled[0] == sampled[1] != sampled[2]
+    assert answers[0] == expected_answer(models / "export", 8) != answers[1]
+
+
+def test_a_logged_reward_model_scores_the_last_answer(store: MlflowClient, models: Path, tmp_path: Path) -> None:
+    with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id):
+        info = log_reward_model("reward", Params().data, models / "base", models / "reward")
+    judge = mlflow.pyfunc.load_model(info.model_uri)
+    dialogues = [{"messages": [*EXAMPLE["messages"], ANSWER | {"content": text}]} for text in ("很好", "很坏很慢")]
+    together = judge.predict(dialogues)
+    assert together == pytest.approx([judge.predict(dialogue)[0] for dialogue in dialogues], abs=1e-5)
+    assert abs(together[0] - together[1]) > 1e-4
+    assert info.signature.to_dict()["inputs"] is not None
+
+
+def test_an_export_is_registered_once_and_becomes_the_challenger(
+    store: MlflowClient, models: Path, tmp_path: Path
+) -> None:
+    params = Params()
+    with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id) as run:
+        digest = content_hash(models / "export")
+        logged = log_chat_model("export", params.data, models / "export", tags={"dvc_md5": digest})
+    first = register(models / "export", run.info.run_id, params)
+    version = store.get_model_version(NAME, first)
+    assert version.source == f"models:/{logged.model_id}"  # the run's own logged model, not a second copy
+    assert version.tags == {"dvc_md5": digest, "glmflow.run.export": run.info.run_id, "smoke_test": "passed"}
+    assert alias_version(store, NAME, "challenger") == first
+
+    started = time.monotonic()
+    assert register(models / "export", run.info.run_id, params) == first
+    assert time.monotonic() - started < 3  # not even the smoke test
+    assert len(store.search_model_versions(f"name = '{NAME}'")) == 1
+    assert len(store.search_logged_models([run.info.experiment_id])) == 1
+
+    other = tmp_path / "export"
+    shutil.copytree(models / "export", other)
+    (other / "README.md").write_text("another export")
+    second = register(other, "0" * 32, params)  # a run that this store does not know: the folder is logged now
+    assert second != first
+    assert alias_version(store, NAME, "challenger") == second
+
+
+def test_a_model_that_does_not_answer_is_no_challenger(store: MlflowClient, models: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models / "export", broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "head_dim": 16}))
+    with pytest.raises(SmokeTestError, match=f"models:/{NAME}/1"):
+        register(broken, None, Params())
+    assert alias_version(store, NAME, "challenger") is None
+    assert "smoke_test" not in store.get_model_version(NAME, "1").tags
+
+
+def test_a_failed_transaction_puts_the_alias_back(store: MlflowClient) -> None:
+    store.create_registered_model(NAME)
+    model = store.create_logged_model(store.get_experiment_by_name("rlhf-pipeline").experiment_id)
+    for version in ("1", "2"):
+        store.create_model_version(NAME, source=model.model_uri)
+        with moved_alias(store, NAME, "challenger", version):
+            assert alias_version(store, NAME, "challenger") == version
+    with pytest.raises(KeyboardInterrupt), moved_alias(store, NAME, "challenger", "1"):
+        assert alias_version(store, NAME, "challenger") == "1"
+        raise KeyboardInterrupt
+    assert alias_version(store, NAME, "challenger") == "2"
+
+
+def test_a_missing_export_is_named(tmp_path: Path, store: MlflowClient) -> None:
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        register(tmp_path / "nowhere", None, Params())
+    with pytest.raises(MlflowException):
+        store.get_registered_model(NAME)
+
+
+def test_the_scoring_server_answers_a_chat_request(store: MlflowClient, models: Path, tmp_path: Path) -> None:
+    with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id):
+        info = log_chat_model("export", Params().data, models / "export")
+    version = mlflow.register_model(info.model_uri, NAME).version
+    store.set_registered_model_alias(NAME, "challenger", version)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@challenger"]
+    log = (tmp_path / "serve.log").open("w")
+    server = subprocess.Popen(
+        [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
+        cwd=tmp_path,
+        env=outside() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # MLflow calls uvicorn by name
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            data=json.dumps(EXAMPLE | {"max_new_tokens": 8}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=60))
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
+                time.sleep(0.5)
+        assert answer == [{"role": "assistant", "content": expected_answer(models / "export", 8)}]
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(timeout=20)
