@@ -3,29 +3,26 @@
 import json
 from pathlib import Path
 
-from glm.data.rows import read_split
 from glm.errors import InputError
 from glm.files import replace_folder
 from tasks.base_model import BASE, load_base
 from tasks.stage import Stage, main
+from tasks.tokenized import tokenized
 
-ROWS = "prepared/rows"
 SFT = Path("models/sft")
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.data.encode import prompt_ids
     from glm.models.adapters import save_lora
     from glm.training import ppo
 
     params = stage.params
     check_reward_model(params.ppo.minimum_reward_accuracy)
     model, tokenizer = load_base(params)
-    prompts = {}
-    for split in ("train", "dev"):
-        rows = read_split(ROWS, "ppo", split)
-        prompts[split] = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in rows]
-        stage.log_dataset("ppo", f"{ROWS}/ppo/{split}.jsonl", split=split, rows=len(rows))
+    prompts = {
+        split: [example["input_ids"] for example in tokenized(stage, tokenizer, "ppo", split)]
+        for split in ("train", "dev")
+    }
     actors = ppo.Actors(model, policy=SFT, reference=SFT, reward=Path("models/reward"))
     numbers = ppo.train(
         actors,
