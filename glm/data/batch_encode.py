@@ -31,16 +31,17 @@ class _Control(NamedTuple):
     learned: bool
 
 
-class _Part(NamedTuple):
-    """A text between control tokens that the template writes, or (`message` ≥ 0) the place of a message."""
+class _Blank(NamedTuple):
+    """A text between two control tokens, to be filled in."""
 
-    text: str
-    message: int
-    learned: bool
+    parts: list[str | int]
+    """Texts of the template, and the numbers of messages."""
+    learned: list[tuple[int, int]]
+    """Runs of parts that are learned: from, to (exclusive)."""
 
 
 class _Section(NamedTuple):
-    """A whole text between two control tokens, and which bytes of it are learned."""
+    """A text between two control tokens, and which characters of it are learned."""
 
     text: str
     learned: list[tuple[int, int]]
@@ -54,7 +55,7 @@ class RowEncoder:
         self.params = params
         # Their templates take a message as it is, whatever it says.
         self.is_fast = isinstance(tokenizer, ChatGLM2Tokenizer) and tokenizer.chat_template in (CHATGLM2, CHATGLM3)
-        self.patterns: dict[tuple[str, ...], list[_Control | list[_Part]]] = {}
+        self.patterns: dict[tuple[str, ...], list[_Control | _Blank]] = {}
         if self.is_fast:
             self.controls: dict[str, int] = tokenizer.control_tokens()
             spellings = "|".join(map(re.escape, sorted(self.controls, key=len, reverse=True)))
@@ -113,16 +114,9 @@ class RowEncoder:
             if isinstance(item, _Control):
                 filled.append(item)
                 continue
-            texts = [part.text if part.message < 0 else contents[part.message] for part in item]
-            learned: list[tuple[int, int]] = []
-            if any(part.learned for part in item):
-                ends = list(accumulate((len(text.encode()) for text in texts), initial=0))
-                for part, start, end in zip(item, ends, ends[1:], strict=False):
-                    if part.learned and learned and learned[-1][1] == start:
-                        learned[-1] = (learned[-1][0], end)
-                    elif part.learned:
-                        learned.append((start, end))
-            filled.append(_Section("".join(texts), learned))
+            texts = [contents[part] if isinstance(part, int) else part for part in item.parts]
+            starts = list(accumulate(map(len, texts), initial=0)) if item.learned else []
+            filled.append(_Section("".join(texts), [(starts[first], starts[last]) for first, last in item.learned]))
         return filled
 
     def _join(
@@ -148,13 +142,13 @@ class RowEncoder:
             spelled &= starts[-1] == len(part.text.encode())
             mine = [IGNORED] * len(section)
             for start, end in part.learned:
-                first = bisect_left(starts, start) if start else 0
-                last = bisect_right(starts, end) - 1
+                first = bisect_left(starts, len(part.text[:start].encode())) if start else 0
+                last = bisect_right(starts, len(part.text[:end].encode())) - 1
                 mine[first:last] = section[first:last]
             labels += mine
         return (ids, labels) if spelled else None
 
-    def _pattern(self, roles: tuple[str, ...]) -> list[_Control | list[_Part]]:
+    def _pattern(self, roles: tuple[str, ...]) -> list[_Control | _Blank]:
         """The template for one sequence of roles; a dialogue that ends with a question is a prompt."""
         [text], [spans] = render_jinja_template(
             conversations=[[{"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(roles)]],
@@ -169,18 +163,24 @@ class RowEncoder:
         bounds = {0, len(text), *(at for at in range(1, len(text)) if flags[at] != flags[at - 1])}
         for found in [*self.control.finditer(text), *_MARK.finditer(text)]:
             bounds |= {found.start(), found.end()}
-        pattern: list[_Control | list[_Part]] = []
+        pattern: list[_Control | _Blank] = []
+        blank: _Blank | None = None
         for start, end in pairwise(sorted(bounds)):
             part, learned = text[start:end], bool(flags[start])
             if part in self.controls:
                 pattern.append(_Control(self.controls[part], learned))
+                blank = None
                 continue
-            if not pattern or isinstance(pattern[-1], _Control):
-                pattern.append([])
+            if blank is None:
+                blank = _Blank([], [])
+                pattern.append(blank)
+            at = len(blank.parts)
             mark = _MARK.fullmatch(part)
-            section = pattern[-1]
-            assert isinstance(section, list)
-            section.append(_Part(part, int(mark[1]) if mark else -1, learned))
+            blank.parts.append(int(mark[1]) if mark else part)
+            if learned and blank.learned and blank.learned[-1][1] == at:
+                blank.learned[-1] = (blank.learned[-1][0], at + 1)
+            elif learned:
+                blank.learned.append((at, at + 1))
         return pattern
 
 

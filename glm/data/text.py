@@ -1,4 +1,4 @@
-"""What is measured on text before a tokenizer sees it: when two texts count as the same, their language, their length."""
+"""What is measured on text before a tokenizer sees it: whether two texts say the same, their language, their length."""
 
 import re
 import unicodedata
@@ -53,7 +53,7 @@ def language(text: str) -> str:
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens that a Chinese-English vocabulary of 65k needs, give or take a third: 0.65 a CJK character, 0.27 a byte else.
+    """Tokens that a Chinese-English vocabulary of 65k needs, give or take a third: 0.65 a CJK character, 0.27 another.
 
     Used where no tokenizer exists yet (the embedded one is made from the rows).
     """

@@ -160,7 +160,7 @@ def test_duplicates_are_counted_exact_and_near(tmp_path: Path) -> None:
     questions = {
         split: {normalise(row["messages"][0]["content"]) for row in read_split(folder, "sft", split)}
         for split in SPLITS
-    }  # noqa: E501
+    }
     assert not questions["train"] & (questions["dev"] | questions["test"])
 
 

@@ -25,9 +25,7 @@ def data(tmp_path: Path) -> Data:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    (folder / "dataset_info.json").write_text(
-        json.dumps({"mi<ne": {"file_name": "a"}, "mine": {"file_name": "rows.jsonl"}}).replace("mi<ne", "other")
-    )  # noqa: E501
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.jsonl"}}))
     params = Data(dataset_dir=str(folder), text=[], sft=["mine"])
     return params.model_copy(update={"reward": [], "ppo": []})
 
@@ -68,7 +66,7 @@ def test_lengths_and_cuts_by_the_tokenizer(data: Data) -> None:
     rows.append([("user", "<script>alert(1)</script>" + "长" * 900), ("assistant", "短")])
     messages = [[{"role": role, "content": content} for role, content in row] for row in rows]
     expected = sum(encode_row(tokenizer, {"messages": row}, short)["truncated"] for row in messages)
-    assert 0 < expected < len(rows) or expected == len(rows)
+    assert expected > 0
     assert counts["truncated"] == expected
 
 
