@@ -185,8 +185,8 @@ def test_urls(tmp_path: Path, server: str) -> None:
         "local": ["rows.json"],
         "missing": ["absent.json"],
     }
-    with pytest.raises(InputError, match="dataset_info.json says 0000"):
+    with pytest.raises(InputError, match=r"dataset_info\.json says 0000"):
         fetch(["altered"], folder, tmp_path / "raw")
-    with pytest.raises(InputError, match="dataset 'lost': cannot be downloaded: .*404"):
+    with pytest.raises(InputError, match=r"dataset 'lost': cannot be downloaded: .*404"):
         fetch(["lost"], folder, tmp_path / "raw")
     assert (tmp_path / "raw" / "plain").is_dir()  # what was fetched before is untouched
