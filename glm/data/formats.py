@@ -7,7 +7,7 @@
 
 Accepted formats, told apart by their columns: the reference's alpaca rows with or without history (`output` a string,
 or a list of ranked answers), `messages`/`conversations`, `prompt`/`completion`, `prompt`/`chosen`/`rejected`. `id` is
-"<dataset>:<file>:<row>", so that a prediction can be traced to its line. Rows that bring the same `group` share a split.
+"<dataset>:<file>:<row>": a prediction can be traced to its line. Rows that bring the same `group` share a split.
 """
 
 import csv
