@@ -6,7 +6,6 @@ store is lost. It is idempotent by the export's DVC hash instead.
 
 import io
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows import guard
 from glm.config import Params
 from glm.errors import InputError
 from tasks.lineage import content_hash, git_tags
@@ -157,19 +157,13 @@ def smoke_test(model_uri: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["MLFLOW_TRACKING_URI"] = store_uri()
     with tempfile.TemporaryDirectory() as elsewhere:
-        try:
-            result = subprocess.run(
-                [sys.executable, "-c", _SMOKE_TEST.format(example=EXAMPLE), model_uri],
-                cwd=elsewhere,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=SMOKE_TEST_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise SmokeTestError(f"{model_uri}: no answer within {SMOKE_TEST_SECONDS} s") from None
-    if result.returncode:
-        raise SmokeTestError(f"{model_uri}: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+        command = [sys.executable, "-c", _SMOKE_TEST.format(example=EXAMPLE), model_uri]
+        with guard.running(command, cwd=Path(elsewhere), env=environment, time_limit=SMOKE_TEST_SECONDS) as process:
+            output = process.communicate()[0]
+    if process.returncode == guard.TIMED_OUT:
+        raise SmokeTestError(f"{model_uri}: no answer within {SMOKE_TEST_SECONDS} s")
+    if process.returncode:
+        raise SmokeTestError(f"{model_uri}: {(output.strip().splitlines() or ['no output'])[-1]}")
 
 
 def _log_model(experiment_id: str, export_dir: str | Path, digest: str, params: Params) -> str:

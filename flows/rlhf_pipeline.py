@@ -37,6 +37,7 @@ from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
 from glm.errors import InputError
+from tasks.inputs import check_inputs
 
 HOUR = 3600.0
 
@@ -98,13 +99,19 @@ def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         The summary that `flows.report` shows.
     """
     overrides = overrides or {}
-    load_params(ROOT / "params.yaml", overrides)
+    check(overrides)
     if not overrides and deployment.id is None:
         return run_stages(ROOT, flow_run.name)
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
     with workspace(flow_run.name, overrides) as root:
         return run_stages(root, flow_run.name) | {"experiment": flow_run.name}
+
+
+def check(overrides: dict[str, Any]) -> None:
+    """Raise an InputError if the parameters, or the data and model that they name, are not right."""
+    with chdir(ROOT):
+        check_inputs(load_params("params.yaml", overrides))
 
 
 def run_stages(root: Path, name: str) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         overrides = parse_overrides(arguments.overrides)
-        load_params(ROOT / "params.yaml", overrides)
+        check(overrides)
         if overrides and (files := uncommitted()):
             raise InputError(
                 f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"
