@@ -9,7 +9,8 @@ A row's columns say what it is:
     any of these with label: true or false              an answer that was called good or bad (KTO)
     text                                                plain text; as a prompt for PPO
 
-`id` is "<dataset>:<file>:<row>", so that a prediction can be traced to the line it came from.
+`id` is "<dataset>:<file>:<row>", so that a prediction can be traced to the line it came from. Rows to which a converter
+gives the same `group` share a split.
 """
 
 import ast
@@ -87,7 +88,10 @@ def read_rows(name: str, entry: Entry, folder: Path, use: Use) -> Iterator[Read]
                     value = _from_csv(value, use)
                 if convert:
                     value = convert(value)
-                yield Read(identity, line, {"id": identity, **validate(use, _to_use(value, entry.columns, use))})
+                row = {"id": identity, **validate(use, _to_use(value, entry.columns, use))}
+                # A file's own column of that name means something else.
+                group = {"group": value["group"]} if format_name in FOLDER_FORMATS and "group" in value else {}
+                yield Read(identity, line, row | group)
             except UnusableError as reason:
                 yield Read(identity, line, None, str(reason))
 

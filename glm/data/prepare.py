@@ -1,7 +1,7 @@
 """Fetched files → checked, de-duplicated rows, split into train, dev and test.
 
-A row's split depends on its first question alone (the hash of its normalised text), so it never changes when another
-dataset is added, and no question is trained on in one stage and tested in another.
+A row's split depends on the hash of its group, or else of its first question (the normalised text), alone. So it never
+changes when another dataset is added, and no question is trained on in one stage and tested in another.
 
 Rows stream from file to file. What stays in memory is about 150 bytes a row: hashes for de-duplication and choice.
 """
@@ -149,11 +149,11 @@ def _read_dataset(
                 report.drop(identity, line, reason)
                 continue
             texts = texts_of(row)
-            content = json.dumps({key: row[key] for key in sorted(row) if key != "id"}, ensure_ascii=False)
+            content = json.dumps({key: row[key] for key in sorted(row) if key not in ("id", "group")}, ensure_ascii=False)
             if why := _duplicate(content, texts, row, params.deduplicate, reading.seen):
                 report.drop(identity, line, why)
                 continue
-            split = split_of(question_of(row), params.dev_ratio, params.test_ratio)
+            split = split_of(row.get("group") or question_of(row), params.dev_ratio, params.test_ratio)
             lengths = [reading.counter.count(text) for text in texts]
             files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
             spools[split].add(

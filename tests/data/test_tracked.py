@@ -8,7 +8,7 @@ import pytest
 from dvc.repo import Repo
 
 from glm.errors import InputError
-from tasks.fetch import check_tracked
+from tasks.inputs import check_tracked
 
 ROWS = '[{"instruction": "q", "output": "a"}]'
 
