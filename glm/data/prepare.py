@@ -149,7 +149,7 @@ def _read_dataset(
                 report.drop(identity, line, reason)
                 continue
             texts = texts_of(row)
-            content = json.dumps({key: row[key] for key in sorted(row) if key not in ("id", "group")}, ensure_ascii=False)
+            content = json.dumps([row[key] for key in sorted(row) if key not in ("id", "group")], ensure_ascii=False)
             if why := _duplicate(content, texts, row, params.deduplicate, reading.seen):
                 report.drop(identity, line, why)
                 continue

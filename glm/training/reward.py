@@ -6,6 +6,7 @@ that does not underflow.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class RewardModel(nn.Module):
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Reward,
     *,
     lora: Sft,
@@ -97,7 +98,7 @@ def pairwise_loss(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
 ) -> dict[str, float]:
     """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
     sequences = [sequence for example in examples for sequence in example["sequences"]]

@@ -4,6 +4,7 @@ Left out here: checkpoints and resume, packing, methods other than LoRA.
 """
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from glm.training.trainer import Log, Progress, TrainerLog, require_rows, traini
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Sft,
     *,
     seed: int,
@@ -66,7 +67,7 @@ def train(
 def mean_loss(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     batch_size: int,
 ) -> float:
     """Mean next-token loss in nats a label token over `examples`; every token counts the same, whatever its batch."""
