@@ -96,7 +96,7 @@ def _json_lines(file: BinaryIO) -> Iterator[Raw]:
         try:
             yield Raw(number, number, json.loads(line))
         except json.JSONDecodeError as error:
-            yield Raw(number, number, None, f"not valid JSON: {error.msg}")
+            yield Raw(number, number, None, f"not valid JSON: {error.msg} (expected a list of rows, or one a line)")
         except (UnicodeDecodeError, RecursionError) as error:
             yield Raw(number, number, None, _unreadable(error))
 

@@ -169,6 +169,28 @@ def server(tmp_path: Path) -> Iterator[str]:
         running.shutdown()
 
 
+def test_a_dataset_as_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder as it reads a repository of the hub."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (tmp_path / "repository").mkdir()
+    for split in ("train", "test"):
+        text = "".join(json.dumps({"input": f"{split} {i}", "target": ["好", "坏"]}) + "\n" for i in range(3))
+        (tmp_path / "repository" / f"{split}.jsonl").write_text(text)
+    entry = {
+        "hf_hub_url": str(tmp_path / "repository"),
+        "split": "test",
+        "columns": {"prompt": "input", "response": "target"},
+    }
+    folder = dataset_dir(tmp_path / "data", mine=entry, absent={"hf_hub_url": "no-such-owner/none"})
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    fetch(["mine"], folder, tmp_path / "raw")
+    rows = (tmp_path / "raw" / "mine" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row) for row in rows] == [{"input": f"test {i}", "target": ["好", "坏"]} for i in range(3)]
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="dataset 'absent': cannot be downloaded"):
+        fetch(["absent"], folder, tmp_path / "raw")
+
+
 def test_urls(tmp_path: Path, server: str) -> None:
     good, bad = hashlib.sha256(ROWS).hexdigest(), "0" * 64
     folder = dataset_dir(
