@@ -34,7 +34,7 @@ class SftCollator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = pad_ids([example["input_ids"] for example in examples], self.pad_id, "right")
         return {**batch, "labels": pad([example["labels"] for example in examples], IGNORED, "right")}
 
@@ -48,7 +48,7 @@ class PairCollator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [sequence for example in examples for sequence in example["sequences"]]
         sizes = torch.tensor([len(example["sequences"]) for example in examples])
         return {**pad_ids(sequences, self.pad_id, "right"), "sizes": sizes}
