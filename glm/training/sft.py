@@ -74,7 +74,8 @@ def mean_loss(
     collate = SftCollator(tokenizer.pad_token_id)
     total, tokens = 0.0, 0
     for start in range(0, len(examples), batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(list(examples[start : start + batch_size])).items()}
+        rows = list(examples[start : start + batch_size])
+        batch = {key: value.to(model.device) for key, value in collate(rows).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         total += torch.nn.functional.cross_entropy(
