@@ -22,6 +22,8 @@ LONGEST_ROW = 1 << 26  # characters of one row of a json list; an unclosed quote
 LITERAL = 16  # characters: more than any escape or literal that a block's end may cut in two
 CSV_FIELD = 1 << 30
 _BLANK = re.compile(r"\s*")
+_UNDECODED = re.compile("[\udc80-\udcff]")
+NOT_UTF8 = "not UTF-8 text"
 
 
 class Raw(NamedTuple):
@@ -61,23 +63,23 @@ def read_file(path: Path) -> Iterator[Raw]:
     with _open(path) as file:
         try:
             if kind == ".json":
-                text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+                text = _text(file)
                 head = text.read(BLOCK)
                 if head[_BLANK.match(head).end() :].startswith("["):  # type: ignore[union-attr]
                     yield from _json_list(text, head)
                     return
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError) as error:
             yield Raw(0, None, None, _unreadable(error))
             return
     with _open(path) as file:
         try:
             if kind == ".csv":
-                yield from _csv(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+                yield from _csv(_text(file))
             elif kind == ".txt":
                 yield from _text_lines(file)
             else:
                 yield from _json_lines(file)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError) as error:
             yield Raw(0, None, None, _unreadable(error))
 
 
@@ -87,6 +89,11 @@ def _open(path: Path) -> BinaryIO:
 
         return io.BufferedReader(pyarrow.input_stream(str(path)), BLOCK)  # its suffix says how it is compressed
     return open(path, "rb")
+
+
+def _text(file: BinaryIO) -> TextIO:
+    """Decode a file; bytes that are not UTF-8 become lone surrogates, so that the row that holds them can be named."""
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _json_lines(file: BinaryIO) -> Iterator[Raw]:
@@ -123,11 +130,13 @@ def _csv(file: TextIO) -> Iterator[Raw]:
                 yield Raw(line, line, None, f"more fields than the header's {len(reader.fieldnames or ())}")
             elif None in row.values():
                 yield Raw(line, line, None, f"fewer fields than the header's {len(reader.fieldnames or ())}")
+            elif any(map(_UNDECODED.search, row.values())):
+                yield Raw(line, line, None, NOT_UTF8)
             else:
                 yield Raw(line, line, row)
             line = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        yield Raw(line, line, None, f"not valid CSV: {error}" if isinstance(error, csv.Error) else _unreadable(error))
+    except csv.Error as error:
+        yield Raw(line, line, None, f"not valid CSV: {error}")
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
@@ -186,7 +195,10 @@ def _json_list(file: TextIO, text: str) -> Iterator[Raw]:
             yield Raw(number + 1, fault_line, None, f"not valid JSON: {error.msg}")
             return
         number += 1
-        yield Raw(number, line, value)
+        if _UNDECODED.search(text, at, end):
+            yield Raw(number, line, None, NOT_UTF8)
+        else:
+            yield Raw(number, line, value)
         at = end
         delimiter = skip_blanks()
         if delimiter == "]":
@@ -202,7 +214,7 @@ def _json_list(file: TextIO, text: str) -> Iterator[Raw]:
 
 def _unreadable(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text ({error.reason} at byte {error.start})"
+        return f"{NOT_UTF8} ({error.reason} at byte {error.start} of the line)"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return f"cannot be read: {error}"
