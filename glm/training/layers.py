@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm.models.quantization import PackedLinear
-from glm.training.loss import CHUNK
+from glm.training.loss import CHUNK_LOGITS
 
 Checkpointing = Literal["none", "selective", "full"]
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -79,7 +79,7 @@ def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Che
     eager = 1.0 if compiled else 2.5
     again = 0 if mode == "none" else whole
     activations = tokens * size * eager * (len(layers) * kept + again + whole)
-    return int(activations + CHUNK * model.config.vocab_size * 16 + trained * 12)
+    return int(activations + CHUNK_LOGITS * 16 + trained * 12)
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

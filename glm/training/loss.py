@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glm.data.encode import IGNORED
 
-CHUNK = 512  # tokens whose logits live at a time: 512 x 65,024 float32 are 133 MB
+CHUNK_LOGITS = 2**25  # logits that live at a time: 134 MB in float32, 516 tokens of ChatGLM2's vocabulary
 
 
 def label_positions(labels: Tensor) -> dict[str, Tensor]:
@@ -19,14 +19,18 @@ def label_positions(labels: Tensor) -> dict[str, Tensor]:
     return {"positions": rows * labels.shape[1] + columns, "targets": labels[rows, columns + 1]}
 
 
-def cross_entropy_sum(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
     """Sum over tokens of -log softmax(head(hidden))[target], in float32.
 
-    `hidden` [n, hidden size] are the last hidden states at the positions to predict from, `targets` [n] token ids. The
-    logits exist for CHUNK tokens at a time, in the backward pass too, where they are computed again.
+    `hidden` [n, hidden size] are the last hidden states at the positions to predict from, `targets` [n] token ids. No
+    more than CHUNK_LOGITS logits exist at a time, in the backward pass either, where they are computed again; fewer
+    are simply kept.
     """
+    chunk = max(1, CHUNK_LOGITS // vocabulary)
+    if len(targets) <= chunk:
+        return _chunk(hidden, head, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(_chunk, states, head, wanted, use_reentrant=False, preserve_rng_state=False)
     return total
 

@@ -37,8 +37,8 @@ class SftLoss(nn.Module):
         self.model = model
 
     def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        hidden = last_hidden(self.model, **inputs)
-        return cross_entropy_sum(hidden.flatten(0, 1)[positions], self.model.get_output_embeddings(), targets)
+        hidden = last_hidden(self.model, **inputs).flatten(0, 1)[positions]
+        return cross_entropy_sum(hidden, self.model.get_output_embeddings(), targets, self.model.config.vocab_size)
 
 
 class SftCollator:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from glm.config import Training
 from glm.errors import InputError
@@ -136,6 +136,7 @@ class StepTrainer(Trainer):
 
     def __init__(self, *, eval_batch_size: int, log_speed: Log, **options: Any) -> None:
         super().__init__(**options)
+        self.remove_callback(PrinterCallback)
         self.eval_batch_size = eval_batch_size
         self.log_speed = log_speed
         self.seen = {"tokens": 0, "examples": 0}

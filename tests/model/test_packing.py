@@ -13,8 +13,9 @@ from glm.errors import InputError
 from glm.models.adapters import add_lora, last_hidden
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM
 from glm.models.packed_attention import attention_of, why_not_packed
+from glm.training import loss as loss_module
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
-from glm.training.loss import CHUNK, cross_entropy_sum, label_positions
+from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, best_fit, pack_dataset, pack_step, packed_row
 from glm.training.reward import RankingCollator, RewardLoss, RewardModel
 from glm.training.sft import SftCollator, SftLoss
@@ -128,15 +129,16 @@ def test_no_example_sees_another(name: str) -> None:
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_chunked_loss_is_the_plain_one(trained_head: bool) -> None:
+def test_chunked_loss_is_the_plain_one(trained_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 50 * 40)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50)
     head.requires_grad_(trained_head)
-    hidden = torch.randn(2 * CHUNK + 17, 16, requires_grad=True)
+    hidden = torch.randn(97, 16, requires_grad=True)
     targets = torch.randint(0, 50, (len(hidden),))
     plain = F.cross_entropy(head(hidden), targets, reduction="sum")
     wanted = torch.autograd.grad(plain, [hidden, *(head.parameters() if trained_head else ())])
-    chunked = cross_entropy_sum(hidden, head, targets)
+    chunked = cross_entropy_sum(hidden, head, targets, 50)
     found = torch.autograd.grad(chunked, [hidden, *(head.parameters() if trained_head else ())])
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, other in zip(found, wanted, strict=True):
@@ -161,7 +163,7 @@ def test_checkpointed_layers_give_the_same_gradients(mode: str) -> None:
             assert_same(step_loss(module, batch), plain)
         assert all("forward" not in vars(layer) for layer in decoder_layers(base))
     estimates = [memory_estimate(base, 4096, 1000, each, compiled=True) for each in MODES]
-    assert estimates == sorted(estimates, reverse=True) and estimates[0] > 1.5 * estimates[2]
+    assert estimates[0] > estimates[1] > estimates[2]
 
 
 def alpaca_lengths(count: int) -> list[int]:
