@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "padded": (
         "our padded run: batch 4, loss at labels only, LoRA multiplied in bf16",
         {**PADDED, "activation_checkpointing": "full", "lora_dropout": 0.1},
-        24,
+        12,
     ),
     "packed": (
         "+ packed rows of 4,096 tokens",
@@ -93,7 +94,7 @@ def pairs() -> list[dict[str, Any]]:
     return [{"sequences": [better, worse]} for better, worse in zip(ids[::2], ids[1::2], strict=True)]
 
 
-def base_model(layers: int, quantized: bool = False) -> PreTrainedModel:
+def base_model(layers: int) -> PreTrainedModel:
     """Random weights of standard deviation 0.02, made on the GPU."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -101,14 +102,13 @@ def base_model(layers: int, quantized: bool = False) -> PreTrainedModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            model = GlmForCausalLM(config)
+            return GlmForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    return quantize(model) if quantized else model
 
 
-def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """The layers' products in bitsandbytes' nf4 with double quantisation, as `load_model(quantization="nf4")` has."""
+def quantize(model: PreTrainedModel) -> None:
+    """Put the layers' linears into bitsandbytes' nf4, in place, as `load_model(quantization="nf4")` has them."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch import nn
 
@@ -125,9 +125,9 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
             parent, _, leaf = name.rpartition(".")
             setattr(model.base_model.layers.get_submodule(parent), leaf, small)
             linear.weight = None
+    model.is_loaded_in_4bit = True  # what PEFT looks at
     gc.collect()
     torch.cuda.empty_cache()
-    return model
 
 
 def matmul_limit(parameters: int) -> tuple[float, float]:
@@ -145,8 +145,9 @@ def matmul_limit(parameters: int) -> tuple[float, float]:
 
 
 def ours(model: PreTrainedModel, values: dict[str, Any], steps: int, *, stage: str = "sft") -> dict[str, float]:
-    """Means over the windows after the first two, in which code is compiled and memory found."""
+    """Medians over the windows after the first, when code is compiled and memory found."""
     windows: list[dict[str, float]] = []
+    torch.cuda.reset_peak_memory_stats()
 
     def speed(step: int, values: dict[str, float]) -> None:
         windows.append(values)
@@ -163,7 +164,7 @@ def ours(model: PreTrainedModel, values: dict[str, Any], steps: int, *, stage: s
         trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, lora=lora, sft_adapter=None, **options)
         trained.backbone.unload()
     kept = windows[1:]
-    return {name: statistics.mean(window[name] for window in kept) for name in kept[0]}
+    return {name: statistics.median(window[name] for window in kept) for name in kept[0]}
 
 
 class Clock(TrainerCallback):
@@ -178,8 +179,9 @@ class Clock(TrainerCallback):
             self.times.append(time.perf_counter())
 
 
-def stock(model: PreTrainedModel, steps: int = 24, first: int = 8) -> dict[str, float]:
+def stock(model: PreTrainedModel, steps: int = 16, first: int = 6) -> dict[str, float]:
     """transformers' Trainer and PEFT with the reference's defaults: batch 4, gradient checkpointing, dropout 0.1."""
+    torch.cuda.reset_peak_memory_stats()
     lora = Sft.model_validate({**LORA, "lora_dropout": 0.1})
     adapted = add_lora(model, lora)
     rows = examples()
@@ -219,8 +221,8 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     logging.basicConfig(format="  (%(message)s)")
     logging.getLogger("glm").setLevel(logging.INFO)
     began = time.perf_counter()
-    model = base_model(layers) if any(name != "nf4" for name in only) else None
-    parameters = sum(p.numel() for p in model.parameters()) if model else 6_243_584_000
+    model = base_model(layers)
+    parameters = sum(p.numel() for p in model.parameters())
     speed, limit = matmul_limit(parameters)
     mean = statistics.mean(len(example["input_ids"]) for example in examples())
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
@@ -235,7 +237,6 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
             return
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
             found = measure()
@@ -249,14 +250,15 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
         )
         console.print(f"  ({name}: {time.perf_counter() - start:.0f} s)", style="dim", highlight=False)
 
-    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", lambda: stock(model))
+    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", partial(stock, model))
     for name, (what, values, steps) in ROWS.items():
-        row(name, what, lambda values=values, steps=steps: ours(model, values, steps))
-    row("reward", "reward model on pairs, as `final`", lambda: ours(model, FINAL, 16, stage="reward"))
+        row(name, what, partial(ours, model, values, steps))
+    row("reward", "reward model on pairs, as `final`", partial(ours, model, FINAL, 16, stage="reward"))
     if "nf4" in only:
-        model = None
-        full = {**FINAL, "activation_checkpointing": "full"}
-        row("nf4", "nf4 base, as `full`", lambda: ours(base_model(layers, quantized=True), full, 16))
+        quantize(model)
+        for name, compiled in (("nf4-eager", False), ("nf4", True)):
+            values = {**FINAL, "activation_checkpointing": "full", "torch_compile": compiled}
+            row(name, f"nf4 base, as `full`, compiled: {compiled}".lower(), partial(ours, model, values, 16))
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

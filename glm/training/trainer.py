@@ -119,6 +119,7 @@ def training_arguments(params: Training, plan: Plan, output_dir: str | Path, see
         save_strategy="no",
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # else the copy of a batch waits for the step before
         use_cpu=not on_gpu,
         report_to="none",
         disable_tqdm=True,
