@@ -68,14 +68,17 @@ def test_policy_gradient_at_ratio_one_is_the_advantage() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    # value 2 moved from 0 is clipped to 0.2: (0.2 - 1)² = 0.64 < (2 - 1)² = 1; value 0.1: not clipped, (0.1 - 1)² = 0.81
+    # value 2, moved from 0, is clipped to 0.2: (0.2 - 1)² = 0.64 < (2 - 1)² = 1
+    # value 0.1 is not clipped: (0.1 - 1)² = 0.81
     loss = ppo_terms.clipped_value_loss(
         torch.tensor([[2.0, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), 0.2
     )
     assert loss.item() == pytest.approx(0.5 * (1 + 0.81) / 2)
 
 
-@pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 32 / 100)), (60.0, 0.1 * 1.064), (0.0, 0.1 * 0.936)])
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 32 / 100)), (60.0, 0.1 * 1.064), (0.0, 0.1 * 0.936)]
+)
 def test_kl_coefficient_follows_the_error_within_a_fifth(kl: float, expected: float) -> None:
     assert ppo_terms.adapted_kl_coef(0.1, kl, target=6.0, horizon=100, responses=32) == pytest.approx(expected)
 
