@@ -32,7 +32,10 @@ def layers_run(model: nn.Module, *, compiled: bool, checkpointing: Checkpointing
     but attention and the products that do not widen (of a GLM block: the MLP's first half and what is elementwise).
     """
     run: Callable[..., Tensor] = {"none": _forward, "selective": _selective, "full": _full}[checkpointing]
-    if compiled:
+    if compiled and checkpointing == "full" and quantized(model):
+        # torch 2.11 loses the marks of what to compute again in bitsandbytes' functions, and keeps everything.
+        run = partial(_full, run=torch.compile(_forward))
+    elif compiled:
         run = torch.compile(run)
     layers = decoder_layers(model)
     for layer in layers:
@@ -44,14 +47,22 @@ def layers_run(model: nn.Module, *, compiled: bool, checkpointing: Checkpointing
             del layer.forward
 
 
+def quantized(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weights of the decoder layers."""
+    return any(type(module).__module__.startswith("bitsandbytes") for module in decoder_layers(model)[0].modules())
+
+
 def choose_checkpointing(
     model: PreTrainedModel, tokens: int, trained: int, *, compiled: bool, free: int
 ) -> Checkpointing:
     """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
 
     `trained` parameters take a gradient and two moments in float32. Where even "full" does not fit, it is tried.
+    "selective" is not for compiled bitsandbytes layers, see `layers_run`.
     """
     for mode in MODES:
+        if mode == "selective" and compiled and quantized(model):
+            continue
         if memory_estimate(model, tokens, trained, mode, compiled=compiled) <= free:
             return mode
     return "full"
@@ -86,9 +97,11 @@ def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any)
     return type(layer).forward(layer, hidden_states, *args, **kwargs)
 
 
-def _full(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _full(
+    layer: nn.Module, hidden_states: Tensor, *args: Any, run: Callable[..., Tensor] = _forward, **kwargs: Any
+) -> Tensor:
     def forward(states: Tensor) -> Tensor:
-        return _forward(layer, states, *args, **kwargs)
+        return run(layer, states, *args, **kwargs)
 
     return checkpoint(forward, hidden_states, use_reentrant=False)
 

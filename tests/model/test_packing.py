@@ -1,6 +1,7 @@
 """Packed rows, chunked loss, checkpointed layers: faster ways to the numbers of the plain padded run."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -164,6 +165,51 @@ def test_checkpointed_layers_give_the_same_gradients(mode: str) -> None:
         assert all("forward" not in vars(layer) for layer in decoder_layers(base))
     estimates = [memory_estimate(base, 4096, 1000, each, compiled=True) for each in MODES]
     assert estimates[0] > estimates[1] > estimates[2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_layers_share_code_and_give_the_same_gradients(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # aot_eager traces and differentiates as on a GPU, without the code generation that takes a compiler and a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = adapted("glm")
+    module = SftLoss(model).train()
+    batches = [SftCollator(0, None, 4)(examples()[start : start + 4]) for start in (0, 3)]
+    plain = [step_loss(module, batch) for batch in batches]
+    with layers_run(model.get_base_model(), compiled=True, checkpointing=mode):
+        for batch, wanted in zip(batches, plain, strict=True):
+            assert_same(step_loss(module, batch), wanted)
+    # three layers and two shapes: the first layer's input takes no gradient, the second shape makes sizes symbolic
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_checkpointed_nf4_layer_keeps_its_input_alone(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model = make("glm").bfloat16()
+    for layer in decoder_layers(model):
+        inner, width = layer.mlp.gate_up_proj.in_features, layer.mlp.gate_up_proj.out_features
+        weight = bitsandbytes.nn.Params4bit(layer.mlp.gate_up_proj.weight.data, requires_grad=False, quant_type="nf4")
+        layer.mlp.gate_up_proj = bitsandbytes.nn.Linear4bit(inner, width, bias=False, compute_dtype=torch.bfloat16)
+        layer.mlp.gate_up_proj.weight = weight.to("cpu")
+    module = SftLoss(add_lora(model, Sft(lora_rank=4, lora_dropout=0.0, lora_target=["query_key_value"]))).train()
+    batch = SftCollator(0, None, 8)(examples())["micro_batches"][0]
+    tokens = batch["input_ids"].numel()
+
+    def kept(mode: str) -> int:
+        sizes: list[int] = []
+        with layers_run(model, compiled=compiled, checkpointing=mode):
+            module(**batch)  # compiles
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+                loss = module(**batch)
+            loss.backward()
+        return sum(size for size in sizes if size >= tokens)
+
+    assert kept("full") < 0.5 * kept("none")
 
 
 def alpaca_lengths(count: int) -> list[int]:
