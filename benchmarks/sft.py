@@ -21,10 +21,8 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +30,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from rich.console import Console
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GlmConfig,
+    GlmForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from glm.config import Reward, Sft, load_params
 from glm.data.collate import pad, pad_ids
@@ -175,16 +181,19 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in (self.first, state.max_steps):
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.times.append(time.perf_counter())
 
 
-def stock(model: PreTrainedModel, steps: int = 16, first: int = 6) -> dict[str, float]:
-    """transformers' Trainer and PEFT with the reference's defaults: batch 4, gradient checkpointing, dropout 0.1."""
-    torch.cuda.reset_peak_memory_stats()
-    lora = Sft.model_validate({**LORA, "lora_dropout": 0.1})
+def stock(
+    model: PreTrainedModel, rows: list[dict[str, Any]], lora: Sft, *, batch_size: int, steps: int, first: int
+) -> dict[str, float]:
+    """transformers' Trainer and PEFT as they come, timed from step `first` to the last of `steps`."""
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     adapted = add_lora(model, lora)
-    rows = examples()
     seen: list[int] = []
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -196,12 +205,13 @@ def stock(model: PreTrainedModel, steps: int = 16, first: int = 6) -> dict[str, 
     trainer = Trainer(
         model=adapted,
         args=TrainingArguments(
-            output_dir="/tmp/benchmark-sft", max_steps=steps, per_device_train_batch_size=4, bf16=True,
-            gradient_checkpointing=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
-            remove_unused_columns=False, seed=0, learning_rate=1e-4,
+            output_dir="/tmp/benchmark-sft", max_steps=steps, per_device_train_batch_size=batch_size, bf16=on_gpu,
+            gradient_checkpointing=on_gpu, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
+            remove_unused_columns=False, seed=0, learning_rate=1e-4, use_cpu=not on_gpu,
         ),
         train_dataset=rows, data_collator=collate, callbacks=[clock],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     seconds = clock.times[1] - clock.times[0]
     adapted.unload()
@@ -210,8 +220,8 @@ def stock(model: PreTrainedModel, steps: int = 16, first: int = 6) -> dict[str, 
             module.gradient_checkpointing = False
     return {
         "tokens_per_second": sum(seen[first:steps]) / seconds,
-        "examples_per_second": 4 * (steps - first) / seconds,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "examples_per_second": batch_size * (steps - first) / seconds,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
     }
 
 
@@ -250,7 +260,9 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
         )
         console.print(f"  ({name}: {time.perf_counter() - start:.0f} s)", style="dim", highlight=False)
 
-    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", partial(stock, model))
+    reference = Sft.model_validate({**LORA, "lora_dropout": 0.1})  # the reference's defaults
+    measure = partial(stock, model, examples(), reference, batch_size=4, steps=16, first=6)
+    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", measure)
     for name, (what, values, steps) in ROWS.items():
         row(name, what, partial(ours, model, values, steps))
     row("reward", "reward model on pairs, as `final`", partial(ours, model, FINAL, 16, stage="reward"))
@@ -262,49 +274,58 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def cpu(steps: int, console: Console) -> None:
-    """Packed against padded: the stages' own parameters, model and rows, one thread, the two taking turns."""
+    """Examples a second on the stages' own parameters, model and rows, one thread; the ways take turns, three times."""
     from glm.data.encode import dialogue
     from glm.data.rows import read_split
     from tasks.base_model import load_base
     from tasks.reward import rankings
 
+    torch.set_num_threads(1)
     params = load_params("params.yaml")
     _, tokenizer = load_base(params)
     stored = {stage: read_split("prepared/rows", stage, "train") for stage in ("sft", "reward")}
-    rows = {
-        "sft": [dialogue(tokenizer, row["messages"], params.data) for row in stored["sft"]],
-        "reward": [rankings(tokenizer, row, params.data) for row in stored["reward"]],
+    dialogues = [dialogue(tokenizer, row["messages"], params.data) for row in stored["sft"]]
+    ranked = [rankings(tokenizer, row, params.data) for row in stored["reward"]]
+
+    def transformers() -> float:
+        size = params.sft.per_device_train_batch_size
+        model, _ = load_base(params)
+        found = stock(model, dialogues, params.sft, batch_size=size, steps=steps, first=steps // 2)
+        return found["examples_per_second"]
+
+    def stage(name: str, packing: bool) -> float:
+        speeds: list[float] = []
+        changes = {"packing": packing, "max_steps": steps, "logging_steps": steps // 2}
+        section = getattr(params, name).model_copy(update=changes)
+        model, _ = load_base(params)
+        options: dict[str, Any] = {
+            "seed": 0, "log": lambda step, values: None, "progress": lambda done, total: None,
+            "log_speed": lambda step, values: speeds.append(values["examples_per_second"]),
+        }  # fmt: skip
+        if name == "sft":
+            sft.train(model, tokenizer, dialogues, [], section, **options)
+        else:
+            reward.train(model, tokenizer, ranked, [], section, lora=params.sft, sft_adapter=None, **options)
+        return speeds[-1]
+
+    ways: dict[str, Callable[[], float]] = {
+        "SFT, transformers + PEFT, padded": transformers,
+        "SFT, padded": partial(stage, "sft", False),
+        "SFT, packed": partial(stage, "sft", True),
+        "reward, padded": partial(stage, "reward", False),
+        "reward, packed": partial(stage, "reward", True),
     }
-    console.print(f"CPU, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {Path.cwd().name}")
-    console.print("| stage | padded examples/s | packed examples/s | ratio |\n| --- | ---: | ---: | ---: |")
-    for stage in rows:
-        speeds: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(3):
-            for packing in (False, True):
-                changes = {"packing": packing, "max_steps": steps, "logging_steps": steps // 2}
-                section = getattr(params, stage).model_copy(update=changes)
-                model, _ = load_base(params)
-                options: dict[str, Any] = {
-                    "seed": 0, "log": lambda step, values: None, "progress": lambda done, total: None,
-                    "log_speed": lambda step, values, to=speeds[packing]: to.append(values["examples_per_second"]),
-                }  # fmt: skip
-                with one_thread():
-                    if stage == "sft":
-                        sft.train(model, tokenizer, rows[stage], [], section, **options)
-                    else:
-                        lora = params.sft
-                        reward.train(model, tokenizer, rows[stage], [], section, lora=lora, sft_adapter=None, **options)
-        padded, packed = (statistics.median(speeds[packing]) for packing in (False, True))
-        console.print(f"| {stage} | {padded:.0f} | {packed:.0f} | {packed / padded:.2f} |")
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, measure in ways.items():
+            speeds[name].append(measure())
+    console.print(f"CPU, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    console.print("| run | examples/s | times its first row |\n| --- | ---: | ---: |")
+    for name, found in speeds.items():
+        first = speeds["reward, padded" if name.startswith("reward") else "SFT, transformers + PEFT, padded"]
+        median = statistics.median(found)
+        console.print(f"| {name} | {median:.0f} | {median / statistics.median(first):.2f} |")
 
 
 def main() -> None:
