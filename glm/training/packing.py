@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -76,7 +75,8 @@ def packed_row(sequences: list[list[int]], packing: Packing, pad_id: int) -> dic
     total = sum(map(len, sequences))
     length = -(-total // packing.multiple) * packing.multiple
     lengths = [*map(len, sequences), *([length - total] if length > total else [])]
-    offsets = torch.full((packing.max_sequences + 2,), length, dtype=torch.int32)
+    most = max(packing.max_sequences, len(sequences))  # a look at the dev set may bring more, and is not compiled
+    offsets = torch.full((most + 2,), length, dtype=torch.int32)
     offsets[0] = 0
     offsets[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
     ids = torch.full((1, length), pad_id)
@@ -90,8 +90,3 @@ def packed_row(sequences: list[list[int]], packing: Packing, pad_id: int) -> dic
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def starts(sequences: list[list[int]]) -> Tensor:
-    """Where each sequence begins in its row, [number of sequences]."""
-    return torch.tensor([0, *map(len, sequences)])[:-1].cumsum(0)

@@ -2,19 +2,21 @@
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GlmConfig, GlmForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from glm.config import Sft
+from glm.config import Reward, Sft
 from glm.data.encode import IGNORED
 from glm.errors import InputError
 from glm.models.adapters import add_lora, last_hidden
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM
 from glm.models.packed_attention import attention_of, why_not_packed
 from glm.training import loss as loss_module
+from glm.training import reward, sft
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, best_fit, pack_dataset, pack_step, packed_row
@@ -253,6 +255,41 @@ def test_the_plan_keeps_the_number_of_examples_unless_told() -> None:
     assert found.step_size == 2 and all(isinstance(row, list) for row in found.train_set)
     found = plan(model, rows, sequences, Sft(**options, packing=False), stage="sft", seed=0)
     assert found.packing is None and found.step_size == 8
+
+
+@pytest.mark.parametrize("tokens_per_step", [None, 128])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: int | None) -> None:
+    rows = examples(24)
+    if stage == "reward":
+        rows = [{"sequences": [a["input_ids"], b["input_ids"]]} for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    lora = Sft(lora_rank=4, lora_dropout=0.0)
+    losses: dict[bool, list[float]] = {}
+    for packing in (True, False):
+        tokens = {"tokens_per_step": tokens_per_step} if packing else {}
+        changes = {**options, "packing": packing, "per_device_eval_batch_size": 20, **tokens}
+        points: dict[int, dict[str, float]] = {}
+        speeds: list[dict[str, float]] = []
+        calls = {
+            "seed": 0,
+            "log": lambda step, values, to=points: to.setdefault(step, {}).update(values),
+            "log_speed": lambda step, values, to=speeds: to.append(values),
+            "progress": lambda done, total: None,
+        }
+        model, tokenizer = make("glm"), SimpleNamespace(pad_token_id=0)
+        if stage == "sft":
+            params = Sft.model_validate({**lora.model_dump(), **changes})
+            _, numbers = sft.train(model, tokenizer, rows, rows, params, **calls)
+        else:
+            params = Reward.model_validate(changes)
+            _, numbers = reward.train(model, tokenizer, rows, rows, params, lora=lora, sft_adapter=None, **calls)
+        assert numbers["steps"] == 3 and model.config._attn_implementation == "sdpa"
+        assert speeds and all(values["tokens_per_second"] > 0 for values in speeds)
+        losses[packing] = [points[step]["loss"] for step in (1, 2, 3)]
+    assert losses[True][2] != pytest.approx(losses[True][0], abs=1e-3)  # it does learn
+    if tokens_per_step is None:
+        assert losses[True] == pytest.approx(losses[False], abs=1e-4)
 
 
 def test_what_cannot_be_packed_stays_padded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
