@@ -117,7 +117,7 @@ def trainable_count(model: nn.Module) -> tuple[int, int]:
 
 
 def last_hidden(
-    model: PeftModel | PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    model: PeftModel | PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """The backbone's last hidden states [batch, length, hidden], without the vocabulary head."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
