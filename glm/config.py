@@ -179,10 +179,10 @@ class Ppo(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
             )
-        if self.mini_batch_size % self.gradient_accumulation_steps:
+        if self.gradient_accumulation_steps > self.mini_batch_size:
             raise ValueError(
-                f"mini_batch_size {self.mini_batch_size} is not a multiple of gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}"
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
+                f"{self.mini_batch_size} responses of a minibatch"
             )
         return self
 

@@ -1,8 +1,8 @@
 """One new token for every row of a batch: transformers' Glm block as a function of plain tensors.
 
-It computes what `GlmForCausalLM` computes (tests compare token ids and log-probabilities), in a form that one
-`torch.compile` and one CUDA graph can hold: all shapes are fixed, the state changes in place, nothing waits for the
-host. Three things make it cheaper than the library's step. q, k and v are one matrix, with the active LoRA folded in.
+It computes what `GlmForCausalLM` computes (tests compare token ids and log-probabilities), in a form that
+`torch.compile` and a CUDA graph can hold: all shapes are fixed, the state changes in place, nothing waits for the host.
+ Three things make it cheaper than the library's step. q, k and v are one matrix, with the active LoRA folded in.
 The query heads that share a key head stand in the sequence axis of the attention, so that a key is read once and not
 once for each of them. And no log-softmax over the vocabulary is kept: the chosen token's log-probability is its logit
 minus the log-sum-exp.
@@ -67,31 +67,67 @@ class State(NamedTuple):
     state_values: Tensor  # [n, t] the value head on the hidden state that chose the token
 
 
-def step(weights: Weights, state: State, model: GlmForCausalLM, end: int, pad: int) -> None:
-    """Put the last token into the cache and choose the next one. `model` gives sizes and activation, no weights."""
-    config = model.config
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows, columns = len(state.token), state.keys[0].shape[2]
-    place = torch.arange(columns, device=state.token.device)
-    visible = (place >= state.start[:, None]) & (place <= state.column)
-    position = state.column - state.start
-    hidden = F.embedding(state.token, weights.embedding)
-    cos, sin = weights.cos[position][:, None], weights.sin[position][:, None]  # [n, 1, rotated]
-    bias = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~visible, float("-inf"))
-    bias = bias[:, None, None].expand(rows, groups, heads // groups, columns)
-    for block, keys, values in zip(weights.blocks, state.keys, state.values, strict=True):
-        normed = _rms_norm(hidden, block.input_norm, config.rms_norm_eps)
-        query, key, value = _project(normed, block.qkv).split([heads * size, groups * size, groups * size], dim=-1)
-        query, key = apply_rotary_pos_emb(query.view(rows, heads, 1, size), key.view(rows, groups, 1, size), cos, sin)
-        keys.index_copy_(2, state.column, key)
-        values.index_copy_(2, state.column, value.view(rows, groups, 1, size))
-        query = query.reshape(rows, groups, heads // groups, size)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
-        hidden = hidden + _project(attended.reshape(rows, heads * size), block.out)
-        normed = _rms_norm(hidden, block.mlp_norm, config.rms_norm_eps)
-        gate, up = _project(normed, block.gate_up).chunk(2, dim=-1)
-        hidden = hidden + _project(up * model.model.layers[0].mlp.activation_fn(gate), block.down)
-    choose(weights, state, _rms_norm(hidden, weights.norm, config.rms_norm_eps), end, pad)
+class Step:
+    """`step` and `choose`, compiled or as they are written.
+
+    What is compiled is one block: all blocks are alike, so that it is made once (the whole model takes a minute), and a
+    CUDA graph takes away what the calls in between cost.
+    """
+
+    def __init__(self, model: GlmForCausalLM, *, compiled: bool) -> None:
+        self.config = model.config
+        self.activation = model.model.layers[0].mlp.activation_fn
+        self.block = torch.compile(_block, fullgraph=True) if compiled else _block
+        self.choose = torch.compile(choose, fullgraph=True) if compiled else choose
+
+    def __call__(self, weights: Weights, state: State, end: int, pad: int) -> None:
+        """Put the last tokens into the cache and choose the next ones."""
+        config = self.config
+        heads, groups, columns = config.num_attention_heads, config.num_key_value_heads, state.keys[0].shape[2]
+        place = torch.arange(columns, device=state.token.device)
+        visible = (place >= state.start[:, None]) & (place <= state.column)
+        position = state.column - state.start
+        rotary = weights.cos[position][:, None], weights.sin[position][:, None]  # [n, 1, rotated]
+        hidden = F.embedding(state.token, weights.embedding)
+        bias = hidden.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))
+        bias = bias[:, None, None].expand(len(bias), groups, heads // groups, columns)
+        change = torch.zeros_like(hidden)
+        for block, keys, values in zip(weights.blocks, state.keys, state.values, strict=True):
+            hidden, change = self.block(
+                hidden, change, block, keys, values, state.column, rotary, bias, self.activation, config.rms_norm_eps
+            )
+        self.choose(weights, state, _rms_norm(hidden + change, weights.norm, config.rms_norm_eps), end, pad)
+
+
+def _block(
+    hidden: Tensor,
+    change: Tensor,
+    block: Block,
+    keys: Tensor,
+    values: Tensor,
+    column: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    bias: Tensor,
+    activation: nn.Module,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer on hidden states [n, hidden], to which the `change` by the layer before is yet to be added."""
+    hidden = hidden + change
+    rows, groups, shared, _ = bias.shape
+    size = keys.shape[-1]
+    normed = _rms_norm(hidden, block.input_norm, eps)
+    query, key, value = _project(normed, block.qkv).split(
+        [groups * shared * size, groups * size, groups * size], dim=-1
+    )
+    query, key = query.view(rows, groups * shared, 1, size), key.view(rows, groups, 1, size)
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    keys.index_copy_(2, column, key)
+    values.index_copy_(2, column, value.view(rows, groups, 1, size))
+    query = query.reshape(rows, groups, shared, size)  # the heads that share a key, where a sequence would be
+    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
+    hidden = hidden + _project(attended.reshape(rows, -1), block.out)
+    gate, up = _project(_rms_norm(hidden, block.mlp_norm, eps), block.gate_up).chunk(2, dim=-1)
+    return hidden, _project(up * activation(gate), block.down)
 
 
 def choose(weights: Weights, state: State, hidden: Tensor, end: int, pad: int) -> None:

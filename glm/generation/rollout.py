@@ -46,7 +46,7 @@ class Decoder:
         if not decode_step.supports(self.model):
             raise ValueError(f"{type(self.model).__name__} with these adapters cannot be decoded here")
         self.on_gpu = self.model.device.type == "cuda"
-        self.step = torch.compile(decode_step.step, fullgraph=True) if self.on_gpu else decode_step.step
+        self.step = decode_step.Step(self.model, compiled=self.on_gpu)
         self.weights = decode_step.gather_weights(self.model)
         self.size = (0, 0, 0)  # rows, columns and new tokens that there is room for
         self.state: State
@@ -145,7 +145,7 @@ class Decoder:
     def _advance(self, size: int, state: State, end: int, pad: int) -> None:
         """One step of the first `size` rows, by the graph of that size where there is a GPU."""
         if not self.on_gpu:
-            self.step(self.weights, state, self.model, end, pad)
+            self.step(self.weights, state, end, pad)
             return
         if size not in self.graphs:
             self.graphs[size] = self._capture(state, end, pad)
@@ -169,12 +169,12 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.step(self.weights, state, self.model, end, pad)
+                self.step(self.weights, state, end, pad)
                 reset()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step(self.weights, state, self.model, end, pad)
+            self.step(self.weights, state, end, pad)
         torch.use_deterministic_algorithms(strict, warn_only=warn)
         return graph
 

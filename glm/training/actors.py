@@ -26,7 +26,7 @@ from glm.models.adapters import last_hidden, load_more_lora, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
 
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
-LOGITS_AT_ONCE = 2**25  # float32 logits held at a time: 128 MiB
+LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Actors(nn.Module):
         self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
         self.value_head = nn.Linear(base.config.hidden_size, 1, bias=False).to(base.device)
         nn.init.zeros_(self.value_head.weight)
+        self.active = ""
         self.use("policy")
         # By name and not by requires_grad: every switch of adapters changes the latter.
         self.policy = {name: p for name, p in self.model.named_parameters() if ".policy." in name}
@@ -93,6 +94,9 @@ class Actors(nn.Module):
 
     def use(self, adapter: str) -> None:
         """Make one adapter the active one, or none ("base"); only the policy's parameters ever require a gradient."""
+        if adapter == self.active:
+            return  # a switch walks through all modules
+        self.active = adapter
         if adapter == "base":
             self.model.base_model.disable_adapter_layers()
         else:
@@ -134,7 +138,6 @@ class Actors(nn.Module):
             with torch.no_grad():
                 logprobs, values, _ = self(adapter, batch, params.temperature)
             samples = Samples(answers, logprobs, values)
-        self.use("policy")
         return samples
 
     @torch.no_grad()
@@ -144,7 +147,6 @@ class Actors(nn.Module):
         last = []
         for part in batch.parts():
             last.append(self._hidden(part)[torch.arange(len(part.mask)), part.attention_mask.sum(-1) - 1])
-        self.use("policy")
         return self.reward_head(torch.cat(last).float()).squeeze(-1)
 
     @torch.no_grad()
@@ -164,7 +166,6 @@ class Actors(nn.Module):
             states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
         )
         values = self.value_head(states.float()).squeeze(-1)
-        self.use("policy")
         return chosen.view_as(values) * batch.mask, values * batch.mask, entropy.view_as(values) * batch.mask
 
     def _hidden(self, batch: Batch) -> Tensor:

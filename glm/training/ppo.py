@@ -194,7 +194,7 @@ def update(
             tokens = batch.mask[minibatch].sum()
             optimizer.zero_grad()
             found: dict[str, Tensor] = {}
-            for chosen in minibatch.split(params.mini_batch_size // params.gradient_accumulation_steps):
+            for chosen in minibatch.chunk(params.gradient_accumulation_steps):
                 part = batch.rows(chosen.to(batch.mask.device))
                 share = part.mask.sum() / tokens
                 loss, terms = _loss(actors, experience, part, chosen, params)
