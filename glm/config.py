@@ -146,9 +146,7 @@ class Ppo(Section):
     max_steps: int = Field(60, ge=1, description="rollout batches")
     batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
     mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="parts in which a minibatch is computed"
-    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a minibatch is computed")
     ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
     max_new_tokens: int = Field(32, ge=2)
     temperature: float = Field(1.0, gt=0)
@@ -169,9 +167,7 @@ class Ppo(Section):
     whiten_rewards: bool = Field(False, description="scale the tokens' rewards to variance 1 in each batch")
     max_grad_norm: float = Field(1.0, gt=0)
     eval_steps: int = Field(10, ge=1, description="rollout batches between two looks at the dev prompts")
-    save_steps: int = Field(
-        10, ge=1, description="rollout batches between two checkpoints of the training"
-    )
+    save_steps: int = Field(10, ge=1, description="rollout batches between two checkpoints of the training")
 
     @model_validator(mode="after")
     def batches_divide(self) -> Self:

@@ -7,7 +7,7 @@
 
 Accepted formats, told apart by their columns: the reference's alpaca rows with or without history (`output` a string,
 or a list of ranked answers), `messages`/`conversations`, `prompt`/`completion`, `prompt`/`chosen`/`rejected`. `id` is
-"<dataset>:<file>:<row>", so that a prediction can be traced to the line it came from.
+"<dataset>:<file>:<row>": a prediction can be traced to its line. Rows that bring the same `group` share a split.
 """
 
 import csv
@@ -48,7 +48,8 @@ def read_rows(name: str, entry: Entry, folder: Path, use: Use) -> Iterator[tuple
         for number, raw in raw_rows:
             identity = f"{name}:{source}:{number}"
             try:
-                yield identity, {"id": identity, **_convert(raw, entry.columns, use)}, ""
+                group = {"group": raw["group"]} if isinstance(raw, dict) and isinstance(raw.get("group"), str) else {}
+                yield identity, {"id": identity, **_convert(raw, entry.columns, use), **group}, ""
             except _UnusableError as fault:
                 yield identity, None, str(fault)
 

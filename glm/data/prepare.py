@@ -1,7 +1,7 @@
 """Fetched files → checked, de-duplicated rows, split into train, dev and test.
 
-A row's split depends on its first question alone (its hash), so it never changes when another dataset is added, and no
-question is trained on in one stage and tested in another.
+A row's split depends on the hash of its group, or of its first question, alone. So it never changes when another
+dataset is added, and no question is trained on in one stage and tested in another.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ def _read_one(
             dropped["duplicate"] += 1
             continue
         seen.add(content)
-        mine[split_of(question_of(row), params.dev_ratio, params.test_ratio)].append(row)
+        mine[split_of(row.get("group") or question_of(row), params.dev_ratio, params.test_ratio)].append(row)
     for split, rows in mine.items():
         if params.max_samples is not None and len(rows) > params.max_samples:
             # By hash and not by position: files are often sorted, and the choice must not move when rows are added.

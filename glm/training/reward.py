@@ -95,20 +95,30 @@ def pairwise_loss(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return torch.stack([-F.logsigmoid(_margins(ranking)).mean() for ranking in scores.split(sizes.tolist())]).mean()
 
 
-@torch.no_grad()
 def evaluate(
     model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
 ) -> dict[str, float]:
+    """`ranking_metrics` of the examples."""
+    scores = scores_of_examples(model, tokenizer, examples, batch_size)
+    return ranking_metrics(scores, [len(example["sequences"]) for example in examples])
+
+
+def ranking_metrics(scores: torch.Tensor, sizes: list[int]) -> dict[str, float]:
     """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
-    sequences = [sequence for example in examples for sequence in example["sequences"]]
-    sizes = torch.tensor([len(example["sequences"]) for example in examples])
-    values = scores_of(model, sequences, tokenizer.pad_token_id, batch_size)
-    margins = torch.cat([_margins(ranking) for ranking in values.split(sizes.tolist())])
+    margins = torch.cat([_margins(ranking) for ranking in scores.split(sizes)])
     return {
         "accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "eval_loss": pairwise_loss(values, sizes).item(),
+        "eval_loss": pairwise_loss(scores, torch.tensor(sizes)).item(),
     }
+
+
+def scores_of_examples(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
+) -> torch.Tensor:
+    """Scores of all answers, ranking after ranking."""
+    sequences = [sequence for example in examples for sequence in example["sequences"]]
+    return scores_of(model, sequences, tokenizer.pad_token_id, batch_size)
 
 
 @torch.no_grad()

@@ -69,7 +69,8 @@ def test_policy_gradient_at_ratio_one_is_the_advantage() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    # value 2 moved from 0 is clipped to 0.2: (0.2 - 1)² = 0.64 < (2 - 1)² = 1; 0.1 is not clipped: (0.1 - 1)² = 0.81
+    # value 2, moved from 0, is clipped to 0.2: (0.2 - 1)² = 0.64 < (2 - 1)² = 1
+    # value 0.1 is not clipped: (0.1 - 1)² = 0.81
     loss = ppo_terms.clipped_value_loss(
         torch.tensor([[2.0, 0.1]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), 0.2
     )

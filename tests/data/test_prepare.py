@@ -96,7 +96,11 @@ FORMATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"messages": [("user", "q"), ("assistant", "a")]},
     ),
     ("sft", {"prompt": "q", "completion": "a"}, {"messages": [("user", "q"), ("assistant", "a")]}),
-    ("reward", {"instruction": "q", "output": ["1", "2", "3"]}, {"prompt": [("user", "q")], "answers": ["1", "2", "3"]}),
+    (
+        "reward",
+        {"instruction": "q", "output": ["1", "2", "3"]},
+        {"prompt": [("user", "q")], "answers": ["1", "2", "3"]},
+    ),
     ("reward", {"prompt": "q", "chosen": "1", "rejected": "2"}, {"prompt": [("user", "q")], "answers": ["1", "2"]}),
     ("ppo", {"instruction": "q"}, {"prompt": [("user", "q")], "answer": None}),
     ("ppo", {"instruction": "q", "output": "a"}, {"prompt": [("user", "q")], "answer": "a"}),
@@ -107,12 +111,19 @@ FORMATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_formats(tmp_path: Path, use: str, raw: dict[str, Any], expected: dict[str, Any]) -> None:
     # One raw row cannot fill three splits: vary the question, keep the row of interest first.
     text = json.dumps(raw)
-    filler = [json.loads(text.replace('"q"', f'"q{i}"').replace('"b"', f'"b{i}"').replace(': "user"}', f': "u{i}"}}')) for i in range(80)]
+    filler = [
+        json.loads(text.replace('"q"', f'"q{i}"').replace('"b"', f'"b{i}"').replace(': "user"}', f': "u{i}"}}'))
+        for i in range(80)
+    ]
     _, folder = prepared(tmp_path, registered(tmp_path / "data", [raw, *filler], "rows.jsonl"), **{use: ["mine"]})
     rows = [row for split in SPLITS for row in read_split(folder, use, split)]  # type: ignore[arg-type]
 
     def pairs(value: Any) -> Any:
-        return [(m["role"], m["content"]) for m in value] if isinstance(value, list) and isinstance(value[0], dict) else value
+        return (
+            [(m["role"], m["content"]) for m in value]
+            if isinstance(value, list) and isinstance(value[0], dict)
+            else value
+        )
 
     shapes = [{key: pairs(value) for key, value in row.items() if key != "id"} for row in rows]
     assert len(shapes) > 10

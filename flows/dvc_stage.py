@@ -1,0 +1,144 @@
+"""One stage of dvc.yaml as Prefect sees it: run through DVC, cached by DVC's own hash.
+
+DVC's run cache is the pipeline's one memory (https://dvc.org/doc/user-guide/pipelines/run-cache). A stage's Prefect
+cache key is its key there, a hash of command, dependencies (data and code) and parameters. It exists only while the
+outputs on disk are what dvc.lock says, so a deleted output, edited code or half-written model is never taken for a hit.
+Never add this policy to another one: Prefect drops a `None` key from a sum of policies.
+
+The key comes from private functions of DVC (hence `dvc<4` in pyproject.toml); tests/pipeline/test_dvc_stage.py checks
+it against the folders of .dvc/cache/runs.
+"""
+
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from prefect.cache_policies import CachePolicy
+from prefect.logging import get_run_logger
+
+from flows import ROOT, guard
+from flows.progress import progress_file, write_progress
+
+EXECUTED = re.compile(r"Running stage '")
+BUSY = "it is being blocked by"  # what DVC says, and gives up, when a plain `dvc repro` is at the same files
+REFUSED = re.compile(r"exited with 2$", re.MULTILINE)
+DVC_SAYS = re.compile(r"Running stage '|> python |ERROR: failed to reproduce")
+TAIL = 25  # lines of a failed stage's output that are shown
+
+
+class StageError(RuntimeError):
+    """A stage failed or ran out of time. The message ends with the last lines of its output."""
+
+
+class RefusedError(StageError):
+    """A stage refused its input (exit status 2): another try would not help. The message is the stage's own."""
+
+
+@dataclass
+class DvcCacheKey(CachePolicy):
+    """Caches a task that has the parameters `step` and `root` under the run-cache key of that stage."""
+
+    def compute_key(
+        self, task_ctx: Any, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        return run_cache_key(inputs["step"], Path(inputs["root"]))
+
+
+def run_cache_key(step: str, root: Path) -> str | None:
+    """The key of `step` in DVC's run cache; None if the stage would have to run, or its outputs to be restored."""
+    from dvc.exceptions import DvcException
+    from dvc.stage.cache import _can_hash, _get_stage_hash
+
+    try:
+        with open_stages(root) as stages:
+            stage = stages[step]
+            return _get_stage_hash(stage) if _can_hash(stage) and not stage.changed() else None
+    except DvcException:  # a file is busy or missing: `dvc repro` waits for it or says so
+        return None
+
+
+def unchanged(steps: Sequence[str], root: Path) -> list[str]:
+    """The first of `steps` that are up to date, until one is not."""
+    from dvc.exceptions import DvcException
+
+    try:
+        with open_stages(root) as stages:
+            return list(takewhile(lambda step: not stages[step].changed(), steps))
+    except DvcException:
+        return []
+
+
+@contextmanager
+def open_stages(root: Path) -> Iterator[Mapping[str, Any]]:
+    """DVC's stages of `root` by name, while nobody else changes them."""
+    from dvc.dvcfile import load_file
+    from dvc.repo import Repo
+
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        # by absolute path: a relative one is looked up in the current folder, not in `root`
+        yield load_file(repo, str(root / "dvc.yaml")).stages
+
+
+def output_hashes(step: str, root: Path) -> dict[str, str]:
+    """The outputs of `step` with their hashes, from dvc.lock."""
+    from ruamel.yaml import YAML
+
+    locked = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text(encoding="utf-8"))
+    return {out["path"]: out["md5"] for out in locked["stages"][step]["outs"]}
+
+
+def stage_environment() -> dict[str, str]:
+    """The environment of DVC and its stages: this Python's programs come first on PATH, and nobody phones home."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, str]) -> bool:
+    """Bring the outputs of `step` up to date with `dvc repro --single-item`. True: the stage's command was executed.
+
+    The stages of all runs on this checkout and its workspaces take turns: there is one GPU, and two runs that want the
+    same thing do it once.
+
+    Raises:
+        StageError: the stage failed, or needed more than `time_limit` seconds.
+    """
+    logger = get_run_logger()
+    progress = progress_file(root)
+    environment = stage_environment() | environment | {"GLMFLOW_PROGRESS": str(progress)}
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", step]
+
+    def on_wait() -> None:
+        logger.info("Waiting for a stage of another run")
+        write_progress(progress, step, "waiting for a stage of another run")
+
+    deadline = time.monotonic() + time_limit
+    while True:
+        output: deque[str] = deque(maxlen=TAIL)
+        executed = False
+        with guard.lock(ROOT / ".dvc" / "tmp" / "stage.lock", on_wait) as descriptor:
+            progress.unlink(missing_ok=True)
+            with guard.running(command, cwd=root, env=environment, time_limit=time_limit, hold=[descriptor]) as process:
+                for line in process.stdout or ():
+                    executed = executed or EXECUTED.match(line) is not None
+                    output.append(line.rstrip())
+                    logger.info(line.rstrip())
+        text = "\n".join(output)
+        if process.returncode == 0:
+            return executed
+        if BUSY not in text or time.monotonic() > deadline:
+            break
+        on_wait()
+        time.sleep(2)
+
+    if process.returncode == guard.TIMED_OUT:
+        raise StageError(f"{step}: stopped after its time limit of {time_limit:g} seconds\n{text}")
+    if REFUSED.search(text):
+        raise RefusedError("\n".join(line for line in output if not DVC_SAYS.match(line)))
+    raise StageError(f"{step}: failed (exit status {process.returncode})\n{text}")

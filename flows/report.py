@@ -1,0 +1,183 @@
+"""What a run comes to: a table before and after, answers side by side, what to type next; and the same for Prefect."""
+
+import base64
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.progress import Step, clock
+from glm.evaluation.curves import draw_curves
+
+MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+ROWS = {  # of metrics/evaluate.json: name, title, digits
+    "loss": ("loss (held out)", 3),
+    "bleu-4": ("BLEU-4", 2),
+    "rouge-1": ("ROUGE-1", 2),
+    "rouge-2": ("ROUGE-2", 2),
+    "rouge-l": ("ROUGE-L", 2),
+    "reward": ("reward", 2),
+    "kl": ("KL to SFT, nats a response", 1),
+}
+STEP_COLUMNS = ["step", "", "time", "optimizer steps", "seconds per step"]
+SAMPLES = 3
+LOCAL_PAGES = "http://127.0.0.1:5000"
+
+
+def collect(root: Path, steps: list[Step], parent_run: str | None, registered: str) -> dict[str, Any]:
+    """Read a finished run's metrics, samples and run records, as plain values."""
+    return {
+        "steps": [
+            {"name": step.name, "state": step.state, "seconds": step.seconds}
+            | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
+            for step in steps
+        ],
+        "metrics": read_json(root / "metrics" / "evaluate.json"),
+        "samples": json.loads((root / "reports" / "evaluate" / "samples.json").read_text(encoding="utf-8"))[:SAMPLES],
+        "parent_run": parent_run,
+        "registered": registered,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty if the step writes none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def result_rows(metrics: dict[str, float]) -> list[list[str]]:
+    """Title and the values of base, SFT and PPO of each metric, as text."""
+    rows = []
+    for name, (title, digits) in ROWS.items():
+        values = [metrics.get(f"{who}.{name}") for who in MODELS]
+        if any(value is not None for value in values):
+            # + 0: no "-0.0"
+            cells = ["" if value is None else f"{round(value, digits) + 0:.{digits}f}" for value in values]
+            rows.append([title, *cells])
+    return rows
+
+
+def step_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Name, what happened, time, optimizer steps and seconds per step of each stage, as text."""
+    return [
+        [
+            step["name"],
+            "executed" if step["state"] == "ran" else "from the cache",
+            clock(step["seconds"]),
+            str(step.get("steps") or ""),
+            f"{step['seconds_per_step']:.3f}" if step.get("seconds_per_step") else "",
+        ]
+        for step in summary["steps"]
+    ]
+
+
+def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Prompt and the answers of base, SFT and PPO."""
+    return [[sample["prompt"], *(sample[who] for who in MODELS)] for sample in summary["samples"]]
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Print a run's end: results, times, samples, and the lines to type next."""
+    results = Table(title="Before and after, on the test split", title_justify="left")
+    results.add_column()
+    for title in MODELS.values():
+        results.add_column(title, justify="right")
+    for row in result_rows(summary["metrics"]):
+        results.add_row(*row)
+    console.print(results)
+    if "reward.accuracy" in summary["metrics"]:
+        accuracy = summary["metrics"]["reward.accuracy"]
+        console.print(f"The reward model prefers the better answer in {accuracy:.1%} of the test pairs.\n")
+
+    times = Table(title="Steps", title_justify="left")
+    for position, title in enumerate(STEP_COLUMNS):
+        times.add_column(title, justify="left" if position < 2 else "right")
+    for row in step_rows(summary):
+        times.add_row(*row)
+    console.print(times)
+
+    samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
+    for title in ["prompt", *MODELS.values()]:
+        samples.add_column(title, ratio=1, overflow="fold")
+    for row in sample_rows(summary):
+        samples.add_row(*map(Text, row))  # a model may write [bold]
+    console.print(samples)
+
+    console.print("\n".join(next_lines(summary)), highlight=False, markup=False)
+
+
+def next_lines(summary: dict[str, Any]) -> list[str]:
+    """What a person can do now."""
+    kept = f"dvc exp apply {summary['experiment']}" if "experiment" in summary else ""
+    lines = {
+        ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",
+        "make ui": "all runs in MLflow: curves, parameters, models",
+        "make chat": "talk to the result",
+        kept: "bring this run's parameters and models into the checkout",
+        "dvc repro": "bring everything up to date after an edit",
+        "dvc exp show": "compare runs",
+        "make deploy": "schedules and runs from a web page",
+    }
+    registered = [f"Registered as {summary['registered']}."] if summary["registered"] else []
+    return [*registered, "", "Next:", *(f"  {line:<28} {purpose}" for line, purpose in lines.items() if line)]
+
+
+def publish(root: Path, summary: dict[str, Any]) -> None:
+    """Prefect artifacts of the flow run: the report, the curves of what it executed, links to the runs in MLflow."""
+    create_markdown_artifact(markdown(summary), key="results", description="Before and after, on the test split")
+    for step in summary["steps"]:
+        curves = root / "plots" / f"{step['name']}.csv"
+        if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
+            create_image_artifact(
+                curves_url(curves), key=f"curves-{step['name']}", description=f"Curves of {step['name']}"
+            )
+    runs = {step["name"]: step.get("run_id") for step in summary["steps"]} | {"pipeline": summary["parent_run"]}
+    for name, run_id in runs.items():
+        if run_id:
+            create_link_artifact(f"{mlflow_pages()}/#/runs/{run_id}", f"{name} in MLflow", key=f"mlflow-{name}")
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The report as Markdown tables."""
+    accuracy = summary["metrics"].get("reward.accuracy")
+    return "\n\n".join(
+        [
+            "## Before and after",
+            table(["", *MODELS.values()], result_rows(summary["metrics"])),
+            *([f"Reward model: pair accuracy {accuracy:.1%}"] if accuracy is not None else []),
+            "## Steps",
+            table(STEP_COLUMNS, step_rows(summary)),
+            "## Samples",
+            table(["prompt", *MODELS.values()], sample_rows(summary)),
+        ]
+    )
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table. A cell's own bars and line breaks would end it."""
+    cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def curves_url(path: Path) -> str:
+    """The curves of a plots/*.csv as a picture that is its own address (the local server keeps no files)."""
+    with path.open(encoding="utf-8", newline="") as file:
+        points = {
+            int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        }
+    picture = io.BytesIO()
+    draw_curves(points, path.stem).savefig(picture, format="png")
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+
+
+def mlflow_pages() -> str:
+    """The address of MLflow's pages: the tracking server if there is one, else where `make ui` serves the store."""
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return tracking if tracking.startswith("http") else LOCAL_PAGES

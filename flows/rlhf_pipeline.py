@@ -1,0 +1,225 @@
+"""The flow `rlhf-pipeline`: the stages of dvc.yaml in order, each a Prefect task that DVC executes.
+
+    python -m flows.rlhf_pipeline                                   in the checkout, as `make run` does
+    python -m flows.rlhf_pipeline -S ppo.learning_rate=2e-5         in a workspace of its own, kept as a DVC experiment
+    python -m flows.rlhf_pipeline --serve --cron "0 3 * * 0"        wait for runs here, and start one by this schedule
+    prefect deployment run rlhf-pipeline/default -p overrides='{"ppo.learning_rate": 2e-5}'      after `make deploy`
+
+Stages are called directly, one after the other: a failed task that was submitted leaves its flow COMPLETED, its
+time-out does nothing, and there is one GPU.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging import get_run_logger
+from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
+from prefect.tasks import Task
+from rich.console import Console
+
+from flows import ROOT, report
+from flows.dvc_stage import DvcCacheKey, RefusedError, StageError, output_hashes, reproduce, run_cache_key, unchanged
+from flows.progress import Board
+from flows.server import prefect_api
+from flows.workspace import parse_overrides, uncommitted, workspace
+from glm.config import load_params
+from glm.errors import InputError
+from tasks.inputs import check_inputs
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How Prefect treats a stage: the seconds it may take, and how often it is tried again after a failure."""
+
+    time_limit: float
+    retries: int = 0
+
+
+# Only what talks to a network is tried again: a training that failed would fail alike.
+STAGES = {
+    "fetch": Plan(6 * HOUR, retries=2),
+    "preprocess": Plan(6 * HOUR),
+    "base": Plan(12 * HOUR, retries=2),
+    "sft": Plan(168 * HOUR),
+    "reward": Plan(168 * HOUR),
+    "ppo": Plan(168 * HOUR),
+    "evaluate": Plan(24 * HOUR),
+    "export": Plan(6 * HOUR),
+}
+
+
+def not_refused(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Is another try worth it? Not for input that the stage has refused."""
+    return not isinstance(state.result(raise_on_failure=False), RefusedError)
+
+
+@task(
+    cache_policy=DvcCacheKey(),
+    persist_result=True,
+    result_serializer="json",
+    retry_delay_seconds=5,
+    retry_condition_fn=not_refused,
+)
+def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any]:
+    """Bring one stage up to date. The task's state says "Cached" if that took no execution of its command."""
+    executed = run_cache_key(step, Path(root)) is None and reproduce(
+        step, Path(root), time_limit, {"GLMFLOW_PARENT_RUN_ID": parent_run}
+    )
+    data = {"key": run_cache_key(step, Path(root)), "outputs": output_hashes(step, Path(root))}
+    if executed:
+        return Completed(message="DVC executed the stage", data=data)
+    return Completed(name="Cached", message="DVC has the outputs: nothing was executed", data=data)
+
+
+@flow(name="rlhf-pipeline")
+def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """fetch, preprocess, base, SFT, reward model, PPO, evaluate, export; then register the result as challenger.
+
+    Args:
+        overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with
+            overrides, and every run of a deployment, works on the last commit in a folder of its own; another one works
+            in the checkout as it is.
+
+    Returns:
+        The summary that `flows.report` shows.
+    """
+    overrides = overrides or {}
+    check(overrides)
+    if not overrides and deployment.id is None:
+        return run_stages(ROOT, flow_run.name)
+    if files := uncommitted():
+        get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
+    with workspace(flow_run.name, overrides) as root:
+        return run_stages(root, flow_run.name) | {"experiment": flow_run.name}
+
+
+def check(overrides: dict[str, Any]) -> None:
+    """Raise an InputError if the parameters, or the data and model that they name, are not right."""
+    with chdir(ROOT):
+        check_inputs(load_params("params.yaml", overrides))
+
+
+def run_stages(root: Path, name: str) -> dict[str, Any]:
+    """Run every stage in `root`, register the result, and report."""
+    board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
+    with board.shown(), mlflow_parent(root, name) as (parent_run, done):
+        for step, plan in STAGES.items():
+            run = stage.with_options(name=step, task_run_name=step, retries=plan.retries)
+            with board.running(step) as line:
+                state = run(step, str(root), plan.time_limit, parent_run or "", return_state=True)
+                state.result()  # raises what the stage raised
+                line.state = "cached" if state.name == "Cached" else "ran"
+            done.append(step)
+        with board.running("register") as line:
+            registered = register_result(str(root))
+            line.state = "ran"
+        summary = report.collect(root, board.steps, parent_run, registered)
+        report.publish(root, summary)
+    return summary
+
+
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE)
+def register_result(root: str) -> str:
+    """Register the exported model in MLflow as challenger, once for each export. Returns what it is called there."""
+    from flows.registry import CHALLENGER, register
+
+    with chdir(root):
+        params = load_params("params.yaml")
+        version = register("models/export", report.read_json(Path("runs/export.json"))["run_id"], params)
+    return f"{params.promote.model_name} version {version}, alias {CHALLENGER}"
+
+
+@contextmanager
+def mlflow_parent(root: Path, name: str) -> Iterator[tuple[str | None, list[str]]]:
+    """The MLflow run whose children are the stages' runs (None if MLflow is out of order), and the steps done so far.
+
+    It is closed as FINISHED, FAILED or KILLED.
+    """
+    from tasks.tracking import finish_parent_run, start_parent_run  # MLflow takes 2 s to import
+
+    with chdir(root):
+        run_id = start_parent_run(load_params("params.yaml"), name, {"glmflow.flow_run_id": str(flow_run.id)})
+    done: list[str] = []
+    status = "KILLED"
+    try:
+        yield run_id, done
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        with chdir(root):
+            finish_parent_run(run_id, status, done, ["reports/evaluate"] if "evaluate" in done else [])
+
+
+def main() -> int:
+    """The command line. Returns the exit status: 0 done, 1 a stage failed, 2 wrong input, 130 stopped."""
+    parser = argparse.ArgumentParser(prog="python -m flows.rlhf_pipeline", description="Run the pipeline.")
+    parser.add_argument(
+        "-S", "--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides",
+        help="override a name of params.yaml, such as ppo.learning_rate=2e-5; runs in a workspace of its own",
+    )  # fmt: skip
+    parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
+    parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
+    arguments = parser.parse_args()
+    try:
+        overrides = parse_overrides(arguments.overrides)
+        check(overrides)
+        if overrides and (files := uncommitted()):
+            raise InputError(
+                f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"
+            )
+        if arguments.serve:
+            return serve(arguments.cron)
+        quieten()
+        Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
+        with prefect_api():
+            summary = rlhf_pipeline(overrides)
+    except (InputError, RefusedError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except StageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. Nothing is left running; the next run goes on from the last finished step.", file=sys.stderr)
+        return 130
+    report.show(summary, Console())
+    return 0
+
+
+def quieten() -> None:
+    """Leave the terminal to the progress and the report; Prefect's own log is kept by its server."""
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.CRITICAL + 1)
+
+
+def serve(cron: str | None) -> int:
+    """Run what is started as rlhf-pipeline/served, one run at a time, until this process is stopped."""
+    from flows.deploy import ensure_server
+
+    try:
+        with temporary_settings({PREFECT_API_URL: ensure_server()}):
+            rlhf_pipeline.serve(name="served", cron=cron, limit=1, pause_on_shutdown=False)
+    except* KeyboardInterrupt:
+        print("Stopped serving; `make stop` stops the server too.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A stage never outlives its flow, whatever ends the flow; and the next run goes on from there."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import guard
+from tests.pipeline.conftest import Project, last_run
+
+REST = ["sft", "reward", "ppo", "evaluate", "export"]
+
+
+def test_kill_9_leaves_no_process_and_the_next_run_goes_on(project: Project) -> None:
+    flow = project.start_flow(SLEEP_sft="120")
+    project.wait_for("sft")
+    flow.kill()
+    flow.communicate()
+    project.assert_nothing_runs()
+    project.executed()
+    project.flow()
+    assert project.executed() == REST
+
+
+def test_kill_9_takes_the_flows_own_server_too(project: Project) -> None:
+    del project.env["PREFECT_API_URL"]
+    flow = project.start_flow(SLEEP_fetch="120")
+    project.wait_for("fetch", seconds=120)
+    assert any("server" in process.cmdline() for process in project.processes())
+    flow.kill()
+    flow.communicate()
+    project.assert_nothing_runs()
+
+
+def test_ctrl_c_stops_cleanly(project: Project, prefect_api: str) -> None:
+    flow = project.start_flow(SLEEP_sft="120")
+    project.wait_for("sft")
+    flow.send_signal(signal.SIGINT)
+    _, errors = flow.communicate(timeout=60)
+    assert flow.returncode == 130
+    assert "Nothing is left running" in errors and "Traceback" not in errors
+    assert project.processes() == []
+    assert last_run(prefect_api)["state"]["type"] == "CRASHED"
+
+
+def test_the_workspace_of_a_killed_run_is_removed_by_the_next(project: Project) -> None:
+    flow = project.start_flow("-S", "seed=1", SLEEP_fetch="120")
+    project.wait_for("fetch")
+    flow.kill()
+    flow.communicate()
+    project.assert_nothing_runs()
+    assert len(project.git("worktree", "list").splitlines()) == 2
+
+    flow = project.start_flow("-S", "seed=1", SLEEP_base="120")
+    project.wait_for("base")
+    assert len(project.git("worktree", "list").splitlines()) == 2  # its own
+    flow.send_signal(signal.SIGINT)
+    flow.communicate(timeout=60)
+    assert len(project.git("worktree", "list").splitlines()) == 1
+    assert list((project.root / ".worktrees").iterdir()) == []
+    assert project.git("status", "--porcelain") == ""
+
+
+SPAWN = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+STUBBORN = f"import signal, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); {SLEEP}"
+
+
+@pytest.mark.parametrize("grandchild", [SLEEP, STUBBORN])
+def test_guard_stops_grandchildren(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grandchild: str) -> None:
+    command = [sys.executable, "-c", SPAWN, grandchild]
+    with pytest.raises(KeyboardInterrupt), guard.running(command, cwd=tmp_path, env=os.environ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 2
+        raise KeyboardInterrupt
+    assert not any(process.is_running() for process in family)
+
+
+def test_guard_keeps_the_time_limit(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with guard.running([sys.executable, "-c", SLEEP], cwd=tmp_path, env=os.environ, time_limit=1) as process:
+        pass
+    assert process.returncode == guard.TIMED_OUT
+    assert time.monotonic() - started < 10
+
+
+def test_guard_passes_on_status_and_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"]
+    with guard.running(command, cwd=tmp_path, env=os.environ) as process:
+        assert process.stdout is not None and sorted(process.stdout.read().split()) == ["err", "out"]
+    assert process.returncode == 7
+
+
+def test_the_lock_lives_as_long_as_the_command(tmp_path: Path) -> None:
+    """Its holder is gone, its command is not: nobody else gets the lock."""
+    path = tmp_path / "lock"
+    waited = []
+    with guard.lock(path) as descriptor:
+        process = guard.running(
+            [sys.executable, "-c", "import time; time.sleep(2)"], cwd=tmp_path, env=os.environ, hold=[descriptor]
+        )
+        process.__enter__()
+    started = time.monotonic()
+    with guard.lock(path, lambda: waited.append(1)):
+        assert time.monotonic() - started > 1
+    assert waited == [1]
+    process.__exit__(None, None, None)
