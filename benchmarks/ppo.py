@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, and of an answer")
-    parser.add_argument("--parts", type=int, default=16, help="gradient_accumulation_steps")
+    parser.add_argument("--parts", type=int, default=10, help="gradient_accumulation_steps")
     options = parser.parse_args()
     rows, length, device = options.rows, options.length, options.device
     model = build(device, options.tiny)

@@ -54,6 +54,7 @@ def run(stage: Stage) -> dict[str, float]:
         seed=params.seed,
         log=stage.log,
         progress=stage.progress,
+        log_speed=stage.log_speed,
         show=show,
         checkpoints=checkpoints,
     )

@@ -130,7 +130,8 @@ class Decoder:
             batch = {name: value.to(state.token.device) for name, value in pad_ids(prompts[part], pad, "left").items()}
             shorter = width - batch["input_ids"].shape[1]
             positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made again for the cache
+            half = torch.autocast(self.model.device.type, torch.bfloat16, self.model.dtype == torch.bfloat16)
+            with half, torch.compiler.set_stance("force_eager"):  # compiled blocks would be made again for the cache
                 out = self.model.base_model(**batch, position_ids=positions, use_cache=True)
             last[part] = out.last_hidden_state[:, -1]
             for layer, keys, values in zip(out.past_key_values.layers, state.keys, state.values, strict=True):

@@ -6,6 +6,7 @@ log-probability with which the rollout really drew the token, so that the roundi
 training forward is an importance weight like any other (`rollout_gap` says how large it is).
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -64,13 +65,15 @@ def train(
     seed: int,
     log: Log,
     progress: Progress,
+    log_speed: Log | None = None,
     show: Show | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train the policy adapter and the value head in place.
 
-    Every step logs what `report` says. Every `eval_steps` the policy is looked at on `dev_prompts` (eval_reward,
-    eval_kl, …), and `show` gets those answers. Returns reward, KL, length before and after on `dev_prompts`.
+    Every step logs what `report` says, and to `log_speed` its seconds and examples a second. Every `eval_steps` the
+    policy is looked at on `dev_prompts` (eval_reward, eval_kl, …), and `show` gets those answers. Returns reward, KL,
+    length before and after on `dev_prompts`.
 
     With `checkpoints` the state is saved every `save_steps`, and a training that finds one there goes on from it: on
     the CPU the result is bit for bit that of an unbroken run. Points logged before the break are logged again.
@@ -115,10 +118,15 @@ def train(
 
     step = first_step - 1
     for step in range(first_step, params.max_steps + 1):
+        started = time.perf_counter()
         asked = [prompts[index] for index in next(order)]
         samples = actors.sample(asked, tokenizer, params)
+        answered = time.perf_counter()
         experience = assess(actors, tokenizer, asked, samples, params, kl_coef, scale)
         losses = update(actors, optimizer, experience, params, step)
+        if log_speed:
+            seconds = {"generate_seconds": answered - started, "learn_seconds": time.perf_counter() - answered}
+            log_speed(step, seconds | {"examples_per_second": len(asked) / sum(seconds.values())})
         numbers = report(experience, losses, kl_coef)
         if params.kl_target is not None:
             kl_coef = adapted_kl_coef(
@@ -194,7 +202,7 @@ def update(
             tokens = batch.mask[minibatch].sum()
             optimizer.zero_grad()
             found: dict[str, Tensor] = {}
-            for chosen in minibatch.chunk(params.gradient_accumulation_steps):
+            for chosen in minibatch.tensor_split(params.gradient_accumulation_steps):
                 part = batch.rows(chosen.to(batch.mask.device))
                 share = part.mask.sum() / tokens
                 loss, terms = _loss(actors, experience, part, chosen, params)
