@@ -146,7 +146,8 @@ class Actors(nn.Module):
         self.use("reward")
         last = []
         for part in batch.parts():
-            last.append(self._hidden(part)[torch.arange(len(part.mask)), part.attention_mask.sum(-1) - 1])
+            ends = part.attention_mask.sum(-1) - 1
+            last.append(self._hidden(part)[torch.arange(len(ends), device=ends.device), ends])
         return self.reward_head(torch.cat(last).float()).squeeze(-1)
 
     @torch.no_grad()

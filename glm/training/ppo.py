@@ -198,12 +198,14 @@ def update(
     """
     batch, sums, minibatches = experience.batch, {}, 0
     for _ in range(params.ppo_epochs):
-        for minibatch in torch.randperm(len(experience.answers)).split(params.mini_batch_size):
+        # Drawn on the CPU, and moved once: an index that comes from the host makes every part wait for the device.
+        order = torch.randperm(len(experience.answers)).to(batch.mask.device)
+        for minibatch in order.split(params.mini_batch_size):
             tokens = batch.mask[minibatch].sum()
             optimizer.zero_grad()
             found: dict[str, Tensor] = {}
             for chosen in minibatch.tensor_split(params.gradient_accumulation_steps):
-                part = batch.rows(chosen.to(batch.mask.device))
+                part = batch.rows(chosen)
                 share = part.mask.sum() / tokens
                 loss, terms = _loss(actors, experience, part, chosen, params)
                 (loss * share).backward()
