@@ -11,6 +11,8 @@ Rows that have ended leave the batch: on the CPU at every look, on a GPU when ha
 batch size and the weights are read for one row as for sixty.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -154,29 +156,19 @@ class Decoder:
 
     def _capture(self, state: State, end: int, pad: int) -> torch.cuda.CUDAGraph:
         """Compile the step, run it as a warm-up asks, put the state back as it was, and record it."""
-        strict, warn = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        torch.use_deterministic_algorithms(False)  # each place is written once; else every write would be a sort
         changing = [state.token, state.column, state.done, state.index, *_written(state)]
         before = [part.clone() for part in changing]
-
-        def reset() -> None:
-            for part, kept in zip(changing, before, strict=True):
-                part.copy_(kept)
-
-        stream = torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
+        with _undetermined():
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step(self.weights, state, end, pad)
+                    for part, kept in zip(changing, before, strict=True):
+                        part.copy_(kept)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
                 self.step(self.weights, state, end, pad)
-                reset()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(self.weights, state, end, pad)
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
         return graph
 
     def _graph_size(self, rows: int) -> int:
@@ -220,6 +212,20 @@ class Decoder:
             logprobs=torch.zeros(rows, new_tokens, device=device),
             state_values=torch.zeros(rows, new_tokens, device=device),
         )
+
+
+@contextmanager
+def _undetermined() -> Iterator[None]:
+    """Without deterministic algorithms: each place is written once, and by them every write would be a sort."""
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 def _written(state: State) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,11 +79,13 @@ def train(
     the CPU the result is bit for bit that of an unbroken run. Points logged before the break are logged again.
 
     Raises:
-        InputError: fewer prompts than one batch.
+        InputError: fewer prompts than one batch, or no dev prompts.
         FloatingPointError: loss or gradient became NaN or infinite.
     """
     if len(prompts) < params.batch_size:
         raise InputError(f"ppo.batch_size {params.batch_size} is more than the {len(prompts)} training prompts")
+    if not dev_prompts:
+        raise InputError("PPO measures its progress on dev prompts, and there are none: raise data.dev_ratio")
     if actors.decoder is not None and actors.decoder.on_gpu:
         longest = max(map(len, [*prompts, *dev_prompts]))
         actors.decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)

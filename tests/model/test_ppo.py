@@ -3,7 +3,6 @@
 It learns, it resumes after a kill bit for bit, and it touches nothing but the policy and the value head.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -18,12 +17,14 @@ from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 
 from glm.config import Ppo, Sft
+from glm.errors import InputError
 from glm.generation.decode_step import supports
 from glm.models import load_model, load_tokenizer
 from glm.models.adapters import add_lora, save_lora, save_score
 from glm.training import ppo
 from glm.training.actors import Actors, pack, token_logprobs
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.policy_eval import Judged
 from glm.training.ppo_terms import ScoreScale
 
 ROOT = Path(__file__).parents[2]
@@ -206,34 +207,46 @@ def test_scores_are_clipped_and_the_missing_end_is_paid_for(tmp_path) -> None:
     torch.testing.assert_close(returns_of(score_norm=True), normal, atol=1e-4, rtol=1e-4)
 
 
+def test_too_few_prompts_are_refused(tmp_path) -> None:
+    actors = make_actors(tmp_path)
+    options = {"seed": 1, "log": lambda *_: None, "progress": lambda *_: None}
+    with pytest.raises(InputError, match=r"ppo\.batch_size 16 is more than the 4 training prompts"):
+        ppo.train(actors, TOKENIZER, prompts(4), prompts(4), PARAMS, **options)
+    with pytest.raises(InputError, match=r"data\.dev_ratio"):
+        ppo.train(actors, TOKENIZER, prompts(16), [], PARAMS, **options)
+
+
 def test_a_runaway_is_stopped(tmp_path) -> None:
     numbers, curves = train(make_actors(tmp_path), PARAMS.model_copy(update={"kl_stop": 1e-3, "learning_rate": 0.02}))
     assert numbers["stopped_on_kl"] == 1 and numbers["steps"] < PARAMS.max_steps
     assert curves[-1][1]["kl"] > 1e-3
 
 
-def run_until_done(folder: Path) -> None:
-    """What the killed process of the next test does; also run here for the unbroken result."""
+def run_until_done(folder: Path, pause: float = 0.0) -> None:
+    """What the killed process of the next test does; `pause` seconds at step 3 give it time to be killed."""
+
+    def show(step: int, judged: Judged) -> None:
+        if step == 3:
+            time.sleep(pause)
+
     actors = make_actors(folder)
-    shown: list[int] = []
     params = PARAMS.model_copy(update={"kl_target": 0.5, "score_norm": True})
-    numbers, curves = train(
-        actors, params, checkpoints=Checkpoints(folder / "checkpoints"), show=lambda step, judged: shown.append(step)
-    )
+    numbers, curves = train(actors, params, checkpoints=Checkpoints(folder / "checkpoints"), show=show)
     torch.save({"actors": state_of(actors), "numbers": numbers, "curves": curves}, folder / "result.pt")
-    print(json.dumps(shown))
 
 
-def test_a_training_killed_at_any_time_ends_as_an_unbroken_one(tmp_path) -> None:
+def test_a_training_that_was_killed_ends_as_an_unbroken_one(tmp_path) -> None:
     run_until_done(tmp_path / "unbroken")
     folder = tmp_path / "broken"
-    command = f"import tests.model.test_ppo as t; from pathlib import Path; t.run_until_done(Path({str(folder)!r}))"
+    command = (
+        f"import tests.model.test_ppo as t; from pathlib import Path; t.run_until_done(Path({str(folder)!r}), 120)"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 100
     while not (folder / "checkpoints" / "step-2").exists():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "result.pt").exists()
