@@ -11,14 +11,14 @@ from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json, write_jsonl
 from tasks.base_model import load_base
 from tasks.stage import Stage, main
+from tasks.tokenized import ROWS, tokenized
 
-ROWS = "prepared/rows"
 ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
 SAMPLES = 3
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.data.encode import dialogue, prompt_ids
+    from glm.data.encode import prompt_ids
     from glm.evaluation.text_metrics import corpus_scores
     from glm.generation.decode import decode, generate
     from glm.training import policy_eval, sft
@@ -28,13 +28,12 @@ def run(stage: Stage) -> dict[str, float]:
     base, tokenizer = load_base(params)
     actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
     rows = read_split(ROWS, "sft", "test")
-    examples = [dialogue(tokenizer, row["messages"], params.data) for row in rows]
+    examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
     prompts = [prompt_ids(tokenizer, row["messages"][:-1], params.data)[0] for row in asked]
     labels = [row["messages"][-1]["content"] for row in asked]
     policy_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
     policy_prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in policy_rows]
-    stage.log_dataset("sft", f"{ROWS}/sft/test.jsonl", split="test", rows=len(rows))
     stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(policy_rows))
 
     reward_metrics = json.loads(Path("metrics/reward.json").read_text(encoding="utf-8"))

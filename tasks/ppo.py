@@ -6,20 +6,18 @@ A run that was killed goes on from its last checkpoint when the same command is 
 import json
 from pathlib import Path
 
-from glm.data.rows import read_split
 from glm.errors import InputError
 from glm.files import replace_folder
 from tasks.base_model import BASE, load_base
 from tasks.stage import Stage, main
+from tasks.tokenized import tokenized
 
-ROWS = "prepared/rows"
 SFT = Path("models/sft")
 CHECKPOINTS = Path(".cache/checkpoints/ppo")  # no output of the stage: DVC removes those before it starts one again
 SAMPLES = 8  # dev prompts whose answers are kept with the run, at every look
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.data.encode import prompt_ids
     from glm.generation.decode import decode
     from glm.models.adapters import save_lora
     from glm.training import ppo
@@ -30,11 +28,10 @@ def run(stage: Stage) -> dict[str, float]:
     params = stage.params
     check_reward_model(params.ppo.minimum_reward_accuracy)
     model, tokenizer = load_base(params)
-    prompts = {}
-    for split in ("train", "dev"):
-        rows = read_split(ROWS, "ppo", split)
-        prompts[split] = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in rows]
-        stage.log_dataset("ppo", f"{ROWS}/ppo/{split}.jsonl", split=split, rows=len(rows))
+    prompts = {
+        split: [example["input_ids"] for example in tokenized(stage, tokenizer, "ppo", split)]
+        for split in ("train", "dev")
+    }
     checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint)
 
     def show(step: int, judged: Judged) -> None:

@@ -2,18 +2,11 @@
 
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from glm.config import Data
-from glm.data.rows import read_split
 from glm.files import replace_folder
 from tasks.base_model import BASE, load_base
 from tasks.stage import Stage, main
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ROWS = "prepared/rows"
+from tasks.tokenized import tokenized
 
 
 def run(stage: Stage) -> dict[str, float]:
@@ -22,11 +15,7 @@ def run(stage: Stage) -> dict[str, float]:
 
     params = stage.params
     model, tokenizer = load_base(params)
-    examples = {}
-    for split in ("train", "dev", "test"):
-        rows = read_split(ROWS, "reward", split)
-        examples[split] = [rankings(tokenizer, row, params.data) for row in rows]
-        stage.log_dataset("reward", f"{ROWS}/reward/{split}.jsonl", split=split, rows=len(rows))
+    examples = {split: tokenized(stage, tokenizer, "reward", split) for split in ("train", "dev", "test")}
     trained, numbers = reward.train(
         model,
         tokenizer,
@@ -47,6 +36,7 @@ def run(stage: Stage) -> dict[str, float]:
     with replace_folder("models/reward") as folder:
         reward.save(trained, folder, BASE)
     stage.log_reward_model("models/reward")
+    numbers |= {"truncated_rows": examples["train"].truncated}
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
 
 
@@ -54,14 +44,6 @@ def answer_lengths(sequences: list[list[int]]) -> list[int]:
     """Tokens of each answer to one prompt, what all of them begin with left out."""
     shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
     return [len(sequence) - shared for sequence in sequences]
-
-
-def rankings(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], data: Data) -> dict[str, list[list[int]]]:
-    """Token ids of the prompt with each of its ranked answers, best first."""
-    from glm.data.encode import dialogue
-
-    answers = [[*row["prompt"], {"role": "assistant", "content": answer}] for answer in row["answers"]]
-    return {"sequences": [dialogue(tokenizer, messages, data)["input_ids"] for messages in answers]}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ that does not underflow.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class RewardModel(nn.Module):
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Reward,
     *,
     lora: Sft,
@@ -96,7 +97,7 @@ def pairwise_loss(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
 ) -> dict[str, float]:
     """`ranking_metrics` of the examples."""
     scores = scores_of_examples(model, tokenizer, examples, batch_size)

@@ -4,6 +4,7 @@ Left out here: checkpoints and resume, packing, methods other than LoRA.
 """
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from glm.training.trainer import Log, Progress, TrainerLog, require_rows, traini
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Sft,
     *,
     seed: int,
@@ -66,14 +67,15 @@ def train(
 def mean_loss(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     batch_size: int,
 ) -> float:
     """Mean next-token loss in nats a label token over `examples`; every token counts the same, whatever its batch."""
     collate = SftCollator(tokenizer.pad_token_id)
     total, tokens = 0.0, 0
     for start in range(0, len(examples), batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(examples[start : start + batch_size]).items()}
+        rows = list(examples[start : start + batch_size])
+        batch = {key: value.to(model.device) for key, value in collate(rows).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         total += torch.nn.functional.cross_entropy(

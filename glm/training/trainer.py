@@ -1,6 +1,6 @@
 """What SFT and reward model share: the set-up of transformers' Trainer and the way its numbers come out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class TrainerLog(TrainerCallback):
             self.log(state.global_step, values)
 
 
-def require_rows(rows: list[Any], what: str) -> None:
+def require_rows(rows: Sequence[Any], what: str) -> None:
     """Raise an InputError where a stage would start without data."""
     if not rows:
         raise InputError(f"no {what} rows to train on")
