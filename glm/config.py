@@ -221,6 +221,7 @@ class Ppo(Section):
     max_steps: int = Field(60, ge=1, description="rollout batches")
     batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
     mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a minibatch is computed")
     ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
     max_new_tokens: int = Field(32, ge=2)
     temperature: float = Field(1.0, gt=0)
@@ -229,19 +230,30 @@ class Ppo(Section):
     cliprange: float = Field(0.2, gt=0, lt=1)
     cliprange_value: float = Field(0.2, gt=0)
     vf_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     kl_coef: float = Field(0.2, ge=0, description="weight of the per-token KL penalty; the start value if adaptive")
     kl_target: float | None = Field(6.0, gt=0, description="nats a response; empty: kl_coef stays fixed")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="of the penalty at each token; Schulman 2020")
     kl_horizon: int = Field(10000, ge=1, description="responses over which the adaptive coefficient settles")
     kl_stop: float = Field(25.0, gt=0, description="nats a response at which a runaway run is stopped")
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a response cut at max_new_tokens")
+    score_norm: bool = Field(False, description="scores less their running mean, divided by their running spread")
+    score_clip: float | None = Field(None, gt=0, description="scores are clipped to ± this, after score_norm")
+    whiten_rewards: bool = Field(False, description="scale the tokens' rewards to variance 1 in each batch")
     max_grad_norm: float = Field(1.0, gt=0)
     eval_steps: int = Field(10, ge=1, description="rollout batches between two looks at the dev prompts")
+    save_steps: int = Field(10, ge=1, description="rollout batches between two checkpoints of the training")
 
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        if self.gradient_accumulation_steps > self.mini_batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
+                f"{self.mini_batch_size} responses of a minibatch"
             )
         return self
 

@@ -21,11 +21,12 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.data.encode import prompt_ids
     from glm.evaluation.text_metrics import corpus_scores
     from glm.generation.decode import decode, generate
-    from glm.training import ppo, sft
+    from glm.training import policy_eval, sft
+    from glm.training.actors import Actors
 
     params, options = stage.params, stage.params.evaluate
     base, tokenizer = load_base(params)
-    actors = ppo.Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
+    actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
     rows = read_split(ROWS, "sft", "test")
     examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
@@ -49,7 +50,7 @@ def run(stage: Stage) -> dict[str, float]:
         texts[who] = [decode(tokenizer, answer) for answer in answers]
         found = corpus_scores(texts[who], labels)
         stage.progress(3 * number + 2, 3 * len(ADAPTERS), f"{who}: reward and KL")
-        found |= ppo.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
+        found |= policy_eval.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
         metrics |= {f"{who}.{name}": value for name, value in found.items()}
     stage.progress(3 * len(ADAPTERS), 3 * len(ADAPTERS))
 

@@ -180,9 +180,7 @@ def test_pairwise_loss_by_hand() -> None:
     margins = torch.tensor([1.0]), torch.tensor([1.0, 3.0, 2.0])
     wanted = sum((torch.log1p(torch.exp(-m))).mean() for m in margins) / 2
     assert reward.pairwise_loss(scores, [2, 3]).item() == pytest.approx(wanted.item())
-    assert torch.isfinite(
-        reward.pairwise_loss(torch.tensor([-1e4, 1e4]), [2])
-    )  # log(sigmoid) is -inf here
+    assert torch.isfinite(reward.pairwise_loss(torch.tensor([-1e4, 1e4]), [2]))  # log(sigmoid) is -inf here
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, tokenizer, examples) -> None:
