@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -117,11 +118,19 @@ def trainable_count(model: nn.Module) -> tuple[int, int]:
 
 
 def last_hidden(
-    model: PeftModel | PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    model: PeftModel | PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **inputs: Any,
 ) -> torch.Tensor:
-    """The backbone's last hidden states [batch, length, hidden], without the vocabulary head."""
+    """The backbone's last hidden states [batch, length, hidden], without the vocabulary head.
+
+    On a bfloat16 model adapters are kept in float32 and multiplied in bfloat16, as in mixed-precision training.
+    """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    return causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=causal.dtype == torch.bfloat16):
+        outputs = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return outputs.last_hidden_state
 
 
 def _check_folder(folder: str | Path) -> None:
