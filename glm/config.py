@@ -8,9 +8,9 @@ once. `python -m glm.config` writes the JSON schema for editors.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -68,15 +68,58 @@ class Model(Section):
         return self
 
 
+def _read_mixture(value: Any) -> list[str] | dict[str, float]:
+    """Datasets as a list, as a comma string (the reference's), or with their weights."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice")
+        return value
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        wrong = [name for name, weight in value.items() if type(weight) not in (int, float) or not 0 < weight < 1e9]
+        if wrong:
+            raise ValueError(f"the weight of {wrong[0]} must be a number above 0 (found {value[wrong[0]]!r})")
+        return {name: float(weight) for name, weight in value.items()}
+    raise ValueError(f"expected names of datasets, as a list or comma string, or name: weight (found {value!r})")
+
+
+def _read_needed_mixture(value: Any) -> list[str] | dict[str, float]:
+    mixture = _read_mixture(value)
+    if not mixture:
+        raise ValueError("name at least 1 dataset")
+    return mixture
+
+
+_MIXTURE_INPUT = str | list[str] | dict[str, float]
+Mixture = Annotated[list[str] | dict[str, float], PlainValidator(_read_mixture, json_schema_input_type=_MIXTURE_INPUT)]
+NeededMixture = Annotated[
+    list[str] | dict[str, float], PlainValidator(_read_needed_mixture, json_schema_input_type=_MIXTURE_INPUT)
+]
+
+
 class Data(Section):
-    """Which datasets (keys of data/dataset_info.json) feed which stage, and how rows become tokens."""
+    """Which datasets (keys of data/dataset_info.json) feed which stage, and how rows become tokens.
+
+    A stage's datasets are a list, a comma string, or weights, `{alpaca_zh: 0.7, self_cognition: 0.3}`: the shares of
+    the training split. Dev and test rows are never weighted, so that they do not change with the mixture.
+    """
 
     dataset_dir: str = "data"
-    text: list[str] = Field(["reviews_text"], description="plain text for the embedded base model; else empty")
-    sft: list[str] = Field(["reviews_sft"], min_length=1)
-    reward: list[str] = Field(["reviews_pairs"], min_length=1)
-    ppo: list[str] = Field(["reviews_prompts"], min_length=1)
+    text: Mixture = Field(["reviews_text"], description="plain text for the embedded base model; else empty")
+    sft: NeededMixture = ["reviews_sft"]
+    reward: NeededMixture = ["reviews_pairs"]
+    ppo: NeededMixture = ["reviews_prompts"]
+    kto: Mixture = Field([], description="answers labelled good or bad, for methods that learn from them")
+    mix_by: Literal["examples", "tokens"] = Field("examples", description="what weights are shares of")
+    mix_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted", description="weights leave rows out until they fit, or repeat rows until all are used"
+    )
     max_samples: int | None = Field(None, ge=8, description="rows kept per dataset and split, chosen by their hash")
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "near", description="near: rows that differ in case, width, blanks or sentence punctuation only count as equal"
+    )
     dev_ratio: float = Field(0.05, ge=0, le=0.5)
     test_ratio: float = Field(0.05, gt=0, le=0.5)
     max_source_length: int = Field(512, ge=16, description="tokens of the prompt; old rounds are cut first")
@@ -178,6 +221,7 @@ class Ppo(Section):
     max_steps: int = Field(60, ge=1, description="rollout batches")
     batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
     mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a minibatch is computed")
     ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
     max_new_tokens: int = Field(32, ge=2)
     temperature: float = Field(1.0, gt=0)
@@ -186,19 +230,30 @@ class Ppo(Section):
     cliprange: float = Field(0.2, gt=0, lt=1)
     cliprange_value: float = Field(0.2, gt=0)
     vf_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     kl_coef: float = Field(0.2, ge=0, description="weight of the per-token KL penalty; the start value if adaptive")
     kl_target: float | None = Field(6.0, gt=0, description="nats a response; empty: kl_coef stays fixed")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="of the penalty at each token; Schulman 2020")
     kl_horizon: int = Field(10000, ge=1, description="responses over which the adaptive coefficient settles")
     kl_stop: float = Field(25.0, gt=0, description="nats a response at which a runaway run is stopped")
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a response cut at max_new_tokens")
+    score_norm: bool = Field(False, description="scores less their running mean, divided by their running spread")
+    score_clip: float | None = Field(None, gt=0, description="scores are clipped to ± this, after score_norm")
+    whiten_rewards: bool = Field(False, description="scale the tokens' rewards to variance 1 in each batch")
     max_grad_norm: float = Field(1.0, gt=0)
     eval_steps: int = Field(10, ge=1, description="rollout batches between two looks at the dev prompts")
+    save_steps: int = Field(10, ge=1, description="rollout batches between two checkpoints of the training")
 
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        if self.gradient_accumulation_steps > self.mini_batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
+                f"{self.mini_batch_size} responses of a minibatch"
             )
         return self
 

@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
-from glm.config import EMBEDDED, Params
-from glm.data.registry import find, local_files, read_registry
+from ruamel.yaml import YAML
+
+from glm.config import EMBEDDED, Data, Params
+from glm.data.registry import find, read_registry
+from glm.data.rows import USES
+from glm.data.sources import local_files
 from glm.errors import InputError
+from tasks.lineage import content_hash
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -16,18 +21,53 @@ def check_inputs(params: Params) -> None:
     Raises:
         InputError: names the first thing that is missing, and what would be right.
     """
-    data = params.data
-    registry = read_registry(data.dataset_dir)
-    for name in (*data.text, *data.sft, *data.reward, *data.ppo):
-        entry = find(registry, name, data.dataset_dir)
-        if not entry.hf_hub_url:
-            local_files(name, entry, data.dataset_dir)
+    check_datasets(params.data)
     path = params.model.path
     if path == EMBEDDED:
-        if not data.text:
+        if not params.data.text:
             raise InputError("data.text: empty, but model.path is 'embedded', whose base model learns from plain text")
     elif Path(path).is_dir():
         if not Path(path, "config.json").is_file():
             raise InputError(f"model.path: {path} has no config.json, so it is no model folder")
     elif not HUB_ID.fullmatch(path):
         raise InputError(f"model.path: {path!r} is neither 'embedded', nor a folder, nor a hub id such as owner/name")
+
+
+def check_datasets(data: Data) -> None:
+    """Look for every dataset's registry entry and local files, and compare what DVC tracks with what it recorded.
+
+    Raises:
+        InputError: names the first one that is missing or altered, and what would be right.
+    """
+    registry = read_registry(data.dataset_dir)
+    for name in dict.fromkeys(name for use in USES for name in getattr(data, use)):
+        entry = find(registry, name, data.dataset_dir)
+        if entry.file_name:
+            check_tracked(name, Path(data.dataset_dir), entry.file_name)
+        local_files(name, entry, data.dataset_dir)
+
+
+def check_tracked(name: str, dataset_dir: Path, file_name: str) -> None:
+    """Compare a local source with the .dvc file of it, or of a folder that holds it, if there is one.
+
+    Raises:
+        InputError: it is tracked and missing, or differs; the message has the command that repairs it.
+    """
+    path = dataset_dir / file_name
+    for tracked in (path, *path.parents):
+        pointer = Path(f"{tracked}.dvc")
+        if pointer.is_file():
+            break
+        if tracked == dataset_dir:
+            return
+    else:
+        return
+    recorded = YAML(typ="safe", pure=True).load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]
+    if not tracked.exists():
+        raise InputError(f"dataset {name!r}: {tracked} is tracked by DVC but not here: `dvc pull {pointer}` brings it")
+    found = content_hash(tracked)
+    if found != recorded:
+        raise InputError(
+            f"dataset {name!r}: {tracked} was altered: its md5 is {found}, {pointer} records {recorded}. "
+            f"`dvc checkout --force {pointer}` brings the recorded version back, `dvc add {tracked}` accepts this one"
+        )

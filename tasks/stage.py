@@ -13,6 +13,7 @@ fault of the program, 2 an InputError (nothing written), 130 and 143 stopped by 
 """
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -63,10 +64,11 @@ class Stopped(BaseException):
 class Stage:
     """What `run` gets: the parameters, and where to put points, progress, datasets, models and figures."""
 
-    def __init__(self, name: str, params: Params, tracker: StepRun) -> None:
+    def __init__(self, name: str, params: Params, tracker: StepRun, fingerprint: str) -> None:
         self.name = name
         self.params = params
         self.tracker = tracker
+        self.fingerprint = fingerprint  # of the stage's inputs, code and parameters: what may resume what
         self.points: dict[int, dict[str, float]] = {}
         self.speeds: dict[str, list[float]] = {}
         self._times: list[tuple[int, float]] = []  # when the first and the last step were logged
@@ -131,6 +133,10 @@ class Stage:
     def log_figure(self, name: str, figure: "Figure") -> None:
         """Keep a matplotlib figure with the run, under plots/."""
         self.tracker.write(lambda client, run_id: client.log_figure(run_id, figure, f"plots/{name}"))
+
+    def log_json(self, path: str, value: Any) -> None:
+        """Keep a JSON value with the run, as the artifact `path`."""
+        self.tracker.write(lambda client, run_id: client.log_dict(run_id, value, path))
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Keep a copy of a file or folder with the run."""
@@ -199,8 +205,10 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     hashes = {f"dvc.in.{path}": digest for path, digest in input_hashes(entry).items()}
     experiment = {"glmflow.dvc_exp_name": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
     tags = {"glmflow.step": step} | git_tags() | lock_tags() | machine_tags() | experiment | hashes
-    tracker = StepRun(step, params, stage_params(params, entry), tags)
-    stage = Stage(step, params, tracker)
+    used = stage_params(params, entry)
+    tracker = StepRun(step, params, used, tags)
+    fingerprint = hashlib.sha256(json.dumps([hashes, used], sort_keys=True).encode()).hexdigest()[:16]
+    stage = Stage(step, params, tracker, fingerprint)
     done = STEPS[: STEPS.index(step)]
     try:
         metrics = {name: _number(value) for name, value in run(stage).items()}

@@ -1,87 +1,228 @@
 """Fetched files → checked, de-duplicated rows, split into train, dev and test.
 
-A row's split depends on the hash of its group, or of its first question, alone. So it never changes when another
-dataset is added, and no question is trained on in one stage and tested in another.
+A row's split depends on the hash of its group, or else of its first question (the normalised text), alone. So it never
+changes when another dataset is added, and no question is trained on in one stage and tested in another.
+
+Rows stream from file to file. What stays in memory is about 150 bytes a row: hashes for de-duplication and choice.
 """
 
 import hashlib
 import json
-from collections import Counter
+from array import array
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from glm.config import Data
 from glm.data.formats import read_rows
+from glm.data.mixing import EVERY, Share, shares, smallest
 from glm.data.registry import Entry
-from glm.data.rows import SPLITS, Row, Use, question_of
+from glm.data.report import DatasetReport
+from glm.data.rows import SPLITS, USES, Row, Use, question_of, texts_of
+from glm.data.text import LANGUAGES, language, normalise
+from glm.data.token_counter import TokenEstimate
 from glm.errors import InputError
-from glm.files import replace_folder, write_json, write_jsonl
+from glm.files import replace_folder
 
-USES: tuple[Use, ...] = ("text", "sft", "reward", "ppo")
+Progress = Callable[[int, int, str], None]
+LANGUAGE_CHARACTERS = 2000  # enough of a row to tell its language
+
+
+class _Spool:
+    """The usable rows of one dataset and split: their lines on disk, what choosing needs of each in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys = array("Q")
+        self.tokens = array("I")
+        self.truncated = array("B")
+        self.languages = array("B")
+
+    def add(self, key: int, tokens: int, truncated: bool, language: int) -> None:
+        """Note one row, in the order of its line."""
+        self.keys.append(key)
+        self.tokens.append(min(tokens, 2**32 - 1))
+        self.truncated.append(truncated)
+        self.languages.append(language)
+
+
+@dataclass
+class _Reading:
+    """How the datasets of one use are read, and what they said so far."""
+
+    use: Use
+    params: Data
+    seed: int
+    counter: TokenEstimate
+    stop_at_broken: bool
+    seen: dict[int, int] = field(default_factory=dict)
+    """Hash of a row as far as it counts for de-duplication → hash of its exact content."""
 
 
 def split_of(question: str, dev_ratio: float, test_ratio: float) -> str:
     """train, dev or test by the question's hash: the same on every machine, for every mix of datasets."""
-    position = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) / 2**64
+    position = _hash(normalise(question)) / 2**64
     return "test" if position < test_ratio else "dev" if position < test_ratio + dev_ratio else "train"
 
 
-def prepare(params: Data, raw: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write `out`/<use>/<split>.jsonl and `out`/report.json, and return the report.
+def prepare(
+    params: Data,
+    raw: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    counter: TokenEstimate | None = None,
+    broken: Literal["stop", "count"] = "stop",
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Write `out`/<use>/<split>.jsonl from the files that `glm.data.sources.fetch` brought to `raw`; return the report.
 
-    The report counts per use and dataset: read, kept, dropped by reason, and kept per split; kept + dropped = read.
+    The report has an entry per use and dataset (glm.data.report): read = kept + the sum of dropped.
+
+    Args:
+        seed: which rows `max_samples` and weights choose.
+        counter: how tokens are counted; an estimate without it.
+        broken: what to do with a row that does not parse: stop the run, or count it and go on.
+        progress: told how many datasets are done.
 
     Raises:
-        InputError: a file cannot be parsed, or a split that a stage needs would be empty.
+        InputError: a file cannot be parsed (names file and line), or a split that a stage needs would be empty.
     """
     raw = Path(raw)
+    counter = counter or TokenEstimate(params)
     sources = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
+    total, done = sum(len(getattr(params, use)) for use in USES), 0
     with replace_folder(out) as folder:
         report: dict[str, Any] = {}
         for use in USES:
-            names: list[str] = getattr(params, use)
-            seen: set[str] = set()
-            splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-            report[use] = {}
-            for name in names:
+            mixture: list[str] | dict[str, float] = getattr(params, use)
+            if not mixture:
+                continue
+            (folder / use).mkdir()
+            reading = _Reading(use, params, seed, counter, stop_at_broken=broken == "stop")
+            reports, spools = {}, {}
+            for name in mixture:
+                progress(done, total, f"{use}: {name}")
                 entry = Entry.model_validate(sources[name]["entry"])
-                report[use][name] = _read_one(name, entry, raw / name, use, params, seen, splits)
+                reports[name] = DatasetReport(counter.name)
+                spools[name] = {split: _Spool(folder / use / f".{name}.{split}") for split in SPLITS}
+                _read_dataset(name, entry, raw / name, reading, reports[name], spools[name])
+                done += 1
+            _write_splits(folder / use, mixture, params, reports, spools)
+            report[use] = {name: reports[name].as_dict() for name in mixture}
             for split in SPLITS:
-                if names and not splits[split] and not (split == "dev" and params.dev_ratio == 0):
+                needed = split != "dev" or params.dev_ratio > 0
+                if broken == "stop" and needed and not any(report[use][name][split] for name in mixture):
+                    counts = {name: {"read": r["read"], "dropped": r["dropped"]} for name, r in report[use].items()}
                     raise InputError(
-                        f"data.{use} ({', '.join(names)}): no rows are left for {split}; read and dropped: "
-                        f"{json.dumps(report[use], ensure_ascii=False)}"
+                        f"data.{use} ({', '.join(mixture)}): no rows are left for {split}; read and dropped: "
+                        f"{json.dumps(counts, ensure_ascii=False)}"
                     )
-                write_jsonl(folder / use / f"{split}.jsonl", splits[split])
-        write_json(folder / "report.json", report)
+        progress(done, total, "")
     return report
 
 
-def _read_one(
-    name: str, entry: Entry, folder: Path, use: Use, params: Data, seen: set[str], splits: dict[str, list[Row]]
-) -> dict[str, Any]:
-    """Sort one dataset's rows into `splits` and count what happened to each."""
-    read, dropped = 0, Counter[str]()
-    mine: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for _, row, why in read_rows(name, entry, folder, use):
-        read += 1
-        if row is None:
-            dropped[why] += 1
-            continue
-        content = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
-        if content in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(content)
-        mine[split_of(row.get("group") or question_of(row), params.dev_ratio, params.test_ratio)].append(row)
-    for split, rows in mine.items():
-        if params.max_samples is not None and len(rows) > params.max_samples:
-            # By hash and not by position: files are often sorted, and the choice must not move when rows are added.
-            chosen = sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest())
-            keep = {row["id"] for row in chosen[: params.max_samples]}
-            dropped["max_samples"] += len(rows) - len(keep)
-            rows = [row for row in rows if row["id"] in keep]
-            mine[split] = rows
-        splits[split] += rows
-    kept = {split: len(rows) for split, rows in mine.items()}
-    return {"read": read, "kept": sum(kept.values()), "dropped": dict(sorted(dropped.items())), **kept}
+def _read_dataset(
+    name: str,
+    entry: Entry,
+    folder: Path,
+    reading: _Reading,
+    report: DatasetReport,
+    spools: dict[str, _Spool],
+) -> None:
+    """Stream one dataset into its spools, and count what was dropped."""
+    params = reading.params
+    with ExitStack() as stack:
+        files = {
+            split: stack.enter_context(open(spool.path, "w", encoding="utf-8", newline="\n"))
+            for split, spool in spools.items()
+        }
+        for identity, line, row, reason, is_broken in read_rows(name, entry, folder, reading.use):
+            report.read += 1
+            report.broken += is_broken
+            if is_broken and reading.stop_at_broken:
+                file_name = identity.split(":", 2)[1]
+                raise InputError(f"dataset {name!r}: {file_name}{f', line {line}' if line else ''}: {reason}")
+            if row is None:
+                report.drop(identity, line, reason)
+                continue
+            texts = texts_of(row)
+            content = json.dumps([row[key] for key in sorted(row) if key not in ("id", "group")], ensure_ascii=False)
+            if why := _duplicate(content, texts, row, params.deduplicate, reading.seen):
+                report.drop(identity, line, why)
+                continue
+            split = split_of(row.get("group") or question_of(row), params.dev_ratio, params.test_ratio)
+            lengths = [reading.counter.count(text) for text in texts]
+            files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+            spools[split].add(
+                key=_hash(f"{reading.seed}:{content}"),
+                tokens=sum(lengths),
+                truncated=reading.counter.truncated(row, lengths),
+                language=LANGUAGES.index(language("\n".join(texts)[:LANGUAGE_CHARACTERS])),
+            )
+            report.saw(identity, sum(lengths))
+
+
+def _duplicate(content: str, texts: list[str], row: Row, deduplicate: str, seen: dict[int, int]) -> str:
+    """Why the row is not new ("" if it is), by what an earlier row of the same use said."""
+    if deduplicate == "none":
+        return ""
+    exact = _hash(content)
+    same = exact
+    if deduplicate == "near":
+        same = _hash("\x1f".join([*map(normalise, texts), str(row.get("label", ""))]))
+    if same in seen:
+        return "duplicate" if seen[same] == exact else "near duplicate"
+    seen[same] = exact
+    return ""
+
+
+def _write_splits(
+    folder: Path,
+    mixture: list[str] | dict[str, float],
+    params: Data,
+    reports: dict[str, DatasetReport],
+    spools: dict[str, dict[str, _Spool]],
+) -> None:
+    """Choose rows, write `folder`/<split>.jsonl in the order of the mixture, and remove the spools."""
+    for split in SPLITS:
+        mine = {name: spools[name][split] for name in mixture}
+        bounds = {
+            name: EVERY if params.max_samples is None else smallest(spool.keys, params.max_samples)
+            for name, spool in mine.items()
+        }
+        given = {name: Share(1, 0) for name in mixture}
+        if isinstance(mixture, dict) and split == "train":
+            keys, tokens = {}, {}
+            for name, spool in mine.items():
+                chosen = [at for at, key in enumerate(spool.keys) if key < bounds[name]]
+                keys[name] = array("Q", (spool.keys[at] for at in chosen))
+                tokens[name] = array("I", (spool.tokens[at] for at in chosen))
+            given = shares(mixture, keys, tokens, params.mix_by, params.mix_strategy)
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as out:
+            for name, spool in mine.items():
+                _write_rows(out, split, spool, bounds[name], given[name], reports[name])
+                spool.path.unlink()
+
+
+def _write_rows(out: IO[str], split: str, spool: _Spool, bound: int, share: Share, report: DatasetReport) -> None:
+    for turn in range(share.passes + 1):
+        below = bound if turn < share.passes else min(bound, share.below)
+        with open(spool.path, encoding="utf-8", newline="\n") as file:
+            for at, line in enumerate(file):
+                key = spool.keys[at]
+                taken = key < below
+                if taken:
+                    out.write(line)
+                if turn > 0:
+                    report.repeated += taken
+                elif taken:
+                    report.keep(split, spool.tokens[at], spool.truncated[at], spool.languages[at])
+                else:
+                    report.dropped["max_samples" if key >= bound else "weight"] += 1
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

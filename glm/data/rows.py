@@ -1,13 +1,14 @@
-"""Reading the rows that `glm.data.prepare` wrote; their shapes are described in glm.data.formats."""
+"""Reading the rows that `glm.data.prepare` wrote; their shapes are described in glm.data.contract."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from glm.files import read_jsonl
 
-Use = Literal["text", "sft", "reward", "ppo"]
+Use = Literal["text", "sft", "reward", "ppo", "kto"]
 Row = dict[str, Any]
 
+USES: tuple[Use, ...] = ("text", "sft", "reward", "ppo", "kto")
 SPLITS = ("train", "dev", "test")
 
 
@@ -22,3 +23,12 @@ def question_of(row: Row) -> str:
         return row["text"]
     messages = row["messages"] if "messages" in row else row["prompt"]
     return next(message["content"] for message in messages if message["role"] == "user")
+
+
+def texts_of(row: Row) -> list[str]:
+    """Everything that the row says, in order."""
+    if "text" in row:
+        return [row["text"]]
+    said = [message["content"] for message in (row["messages"] if "messages" in row else row["prompt"])]
+    answer = row.get("answer")
+    return [*said, *row.get("answers", []), *([answer] if answer is not None else [])]

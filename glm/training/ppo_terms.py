@@ -3,17 +3,34 @@
 Shapes: n responses, a tokens of the longest one; `mask` [n, a] is 1.0 on real tokens.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 
-def token_rewards(
-    scores: torch.Tensor, logprobs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, kl_coef: float
+def kl_penalty(
+    logprobs: torch.Tensor, reference: torch.Tensor, estimator: Literal["k1", "k2", "k3"] = "k1"
 ) -> torch.Tensor:
-    """Reward of each token [n, a]: -kl_coef (log π - log π_ref), plus the score [n] on the last one.
+    """An estimate of the KL divergence to the reference at each token, of the shape of both.
+
+    With r = π_ref / π: k1 = -log r (unbiased), k2 = ½ (log r)² (biased, never negative), k3 = r - 1 - log r (unbiased
+    and never negative). Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = reference - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def token_rewards(scores: torch.Tensor, penalty: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """Reward of each token [n, a]: -kl_coef times the KL `penalty` [n, a], plus the score [n] on the last one.
 
     Ziegler et al. 2019, eq. 2; the per-token form of Ouyang et al. 2022.
     """
-    rewards = -kl_coef * (logprobs - reference) * mask
+    rewards = -kl_coef * penalty * mask
     last = mask.sum(-1).long() - 1
     rewards[torch.arange(len(last)), last] += scores
     return rewards
@@ -61,12 +78,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, resp
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """r - 1 - log r, a low-variance, never negative KL estimate of each response [n] in nats.
-
-    Schulman 2020, "Approximating KL divergence".
-    """
-    log_ratio = (reference - logprobs) * mask
-    return (log_ratio.exp() - 1 - log_ratio).sum(-1)
+    """The sum of the k3 estimates over each response [n] in nats."""
+    return (kl_penalty(logprobs, reference, "k3") * mask).sum(-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -74,10 +87,30 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum()
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift and scale to mean 0 and variance 1 over the tokens whose mask is 1."""
-    centred = values - masked_mean(values, mask)
-    return centred * (masked_mean(centred**2, mask) + 1e-8).rsqrt() * mask
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
+    """Scale to variance 1, and shift to mean 0 unless told not to, over the tokens whose mask is 1."""
+    mean = masked_mean(values, mask)
+    centred = values - mean
+    white = centred * (masked_mean(centred**2, mask) + 1e-8).rsqrt()
+    return (white if shift_mean else white + mean) * mask
+
+
+@dataclass
+class ScoreScale:
+    """Running mean and spread of all scores seen so far (Chan et al. 1979), by which scores are normalised."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def normalised(self, scores: torch.Tensor) -> torch.Tensor:
+        """Take the scores [n] in, and return them less the mean, divided by the standard deviation."""
+        count, mean = len(scores), scores.mean().item()
+        distance, total = mean - self.mean, self.count + count
+        self.squares += ((scores - mean) ** 2).sum().item() + distance**2 * self.count * count / total
+        self.mean += distance * count / total
+        self.count = total
+        return (scores - self.mean) / ((self.squares / total) ** 0.5 + 1e-8)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:

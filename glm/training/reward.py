@@ -6,6 +6,7 @@ that does not underflow.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def padded(sequences: list[list[int]], pad_id: int) -> dict[str, Tensor]:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Reward,
     *,
     lora: Sft,
@@ -157,20 +158,30 @@ def pairwise_loss(scores: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([-F.logsigmoid(_margins(ranking)).mean() for ranking in scores.split(sizes)]).mean()
 
 
-@torch.no_grad()
 def evaluate(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
 ) -> dict[str, float]:
+    """`ranking_metrics` of the examples."""
+    scores = scores_of_examples(model, tokenizer, examples, batch_size)
+    return ranking_metrics(scores, [len(example["sequences"]) for example in examples])
+
+
+def ranking_metrics(scores: Tensor, sizes: list[int]) -> dict[str, float]:
     """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
-    sequences = [sequence for example in examples for sequence in example["sequences"]]
-    sizes = [len(example["sequences"]) for example in examples]
-    values = scores_of(model, sequences, tokenizer.pad_token_id, batch_size)
-    margins = torch.cat([_margins(ranking) for ranking in values.split(sizes)])
+    margins = torch.cat([_margins(ranking) for ranking in scores.split(sizes)])
     return {
         "accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "eval_loss": pairwise_loss(values, sizes).item(),
+        "eval_loss": pairwise_loss(scores, sizes).item(),
     }
+
+
+def scores_of_examples(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
+) -> Tensor:
+    """Scores of all answers, ranking after ranking."""
+    sequences = [sequence for example in examples for sequence in example["sequences"]]
+    return scores_of(model, sequences, tokenizer.pad_token_id, batch_size)
 
 
 @torch.no_grad()

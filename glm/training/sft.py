@@ -4,6 +4,7 @@ Left out here: checkpoints and resume, methods other than LoRA.
 """
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class SftCollator:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: list[dict[str, Any]],
-    dev_set: list[dict[str, Any]],
+    train_set: Sequence[dict[str, Any]],
+    dev_set: Sequence[dict[str, Any]],
     params: Sft,
     *,
     seed: int,
@@ -134,12 +135,12 @@ def train(
 def mean_loss(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     batch_size: int,
 ) -> float:
     """Mean next-token loss in nats a label token over `examples`; every token counts the same, whatever its batch."""
     loss = SftLoss(model)
     collate = SftCollator(tokenizer.pad_token_id, None, batch_size)
-    batch = collate(examples)
+    batch = collate(list(examples))
     parts = ({name: value.to(model.device) for name, value in part.items()} for part in batch["micro_batches"])
     return sum(loss(**part).item() for part in parts) / batch["items"]

@@ -6,7 +6,7 @@ a 6B model. What is ours: one batch of its loader is one optimizer step, which t
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Plan:
     `train_set` holds examples, or with `tokens_per_step` rows of examples; `step_size` of them are an optimizer step.
     """
 
-    train_set: list[Any]
+    train_set: Sequence[Any]
     step_size: int
     packing: Packing | None
     compiled: bool
@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan(
-    model: PeftModel, examples: list[Example], sequences: Sequences, params: Training, *, stage: str, seed: int
+    model: PeftModel, examples: Sequence[Example], sequences: Sequences, params: Training, *, stage: str, seed: int
 ) -> Plan:
     """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice."""
     base = model.get_base_model()
@@ -68,14 +68,14 @@ def plan(
     if compiled == "auto":
         compiled = on_gpu and obstacle is None and run_tokens >= COMPILE_TOKENS
 
-    train_set: list[Any] = examples
+    train_set: Sequence[Any] = examples
     packing = None
     if obstacle is None:
         row = min(params.tokens_per_forward, params.tokens_per_step or params.tokens_per_forward)
         per_step = step_size * max(len(sequences(example)) for example in examples)
         most = min(per_step, row // min(lengths))
         if params.tokens_per_step:
-            train_set = pack_dataset(examples, lambda example: sum(map(len, sequences(example))), row, seed)
+            train_set = pack_dataset(list(examples), lambda example: sum(map(len, sequences(example))), row, seed)
             step_size = params.tokens_per_step // row
             most = max(sum(len(sequences(example)) for example in filled) for filled in train_set)
         packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
@@ -217,7 +217,7 @@ class TrainerLog(TrainerCallback):
             self.log(state.global_step, values)
 
 
-def require_rows(rows: list[Any], what: str) -> None:
+def require_rows(rows: Sequence[Any], what: str) -> None:
     """Raise an InputError where a stage would start without data."""
     if not rows:
         raise InputError(f"no {what} rows to train on")

@@ -14,7 +14,8 @@ def test_token_rewards_put_the_score_on_the_last_real_token() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]])
     reference = torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -3.0]])
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    rewards = ppo_terms.token_rewards(torch.tensor([5.0, -1.0]), logprobs, reference, mask, kl_coef=0.1)
+    penalty = ppo_terms.kl_penalty(logprobs, reference)
+    rewards = ppo_terms.token_rewards(torch.tensor([5.0, -1.0]), penalty, mask, kl_coef=0.1)
     # row 1: -0.1 * 0.5, -0.1 * -1 + 5, padding; row 2: 0, -0.1 * 1, -0.1 * 2 - 1
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 5.1, 0.0], [0.0, -0.1, -1.2]]))
 
@@ -107,3 +108,25 @@ def test_explained_variance() -> None:
     assert ppo_terms.explained_variance(returns, returns, ONES) == pytest.approx(1)
     assert ppo_terms.explained_variance(torch.full((1, 3), 7.0), returns, ONES) == pytest.approx(0)
     assert math.isfinite(ppo_terms.explained_variance(returns, torch.full((1, 3), 2.0), ONES))
+
+
+def test_kl_estimators_by_hand() -> None:
+    logprobs, reference = torch.tensor([-1.0]), torch.tensor([-1.5])  # log r = -0.5
+    assert ppo_terms.kl_penalty(logprobs, reference, "k1").item() == pytest.approx(0.5)
+    assert ppo_terms.kl_penalty(logprobs, reference, "k2").item() == pytest.approx(0.125)
+    assert ppo_terms.kl_penalty(logprobs, reference, "k3").item() == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+
+
+def test_whitening_may_keep_the_mean() -> None:
+    white = ppo_terms.whiten(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2), shift_mean=False)
+    torch.testing.assert_close(white, torch.tensor([[1.0, 3.0]]))  # mean 2, standard deviation 1
+
+
+def test_running_normalisation_is_that_of_all_scores_together() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(60) * 3 + 5
+    scale = ppo_terms.ScoreScale()
+    for part in scores.split([10, 30, 20]):
+        last = scale.normalised(part)
+    assert scale.mean == pytest.approx(scores.mean().item(), rel=1e-5)
+    torch.testing.assert_close(last, ((scores - scores.mean()) / scores.std(correction=0))[40:], rtol=1e-4, atol=1e-4)

