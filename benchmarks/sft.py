@@ -228,6 +228,7 @@ def stock(
 def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> None:
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     logging.basicConfig(format="  (%(message)s)")
     logging.getLogger("glm").setLevel(logging.INFO)
     began = time.perf_counter()
@@ -275,7 +276,7 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
 
 
 def cpu(steps: int, console: Console) -> None:
-    """Examples a second on the stages' own parameters, model and rows, one thread; the ways take turns, three times."""
+    """Examples a second on the stages' own parameters, model and rows, one thread; the ways take turns, five times."""
     from glm.data.encode import dialogue
     from glm.data.rows import read_split
     from tasks.base_model import load_base
@@ -317,7 +318,7 @@ def cpu(steps: int, console: Console) -> None:
         "reward, packed": partial(stage, "reward", True),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(3):
+    for _ in range(5):
         for name, measure in ways.items():
             speeds[name].append(measure())
     console.print(f"CPU, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
