@@ -115,7 +115,7 @@ def ranking_metrics(scores: torch.Tensor, sizes: list[int]) -> dict[str, float]:
 
 
 def scores_of_examples(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], batch_size: int
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
 ) -> torch.Tensor:
     """Scores of all answers, ranking after ranking."""
     sequences = [sequence for example in examples for sequence in example["sequences"]]
