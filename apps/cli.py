@@ -11,6 +11,20 @@ from glm.errors import InputError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The RLHF pipeline's own commands.")
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at datasets without training on them.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command(
+    "check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def data_check(context: typer.Context) -> None:
+    """Count what would be kept, dropped and cut of datasets, and why; --help lists the options."""
+    from glm.data.check import main as check_data
+
+    raise typer.Exit(check_data(context.args))
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",

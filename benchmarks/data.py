@@ -1,6 +1,6 @@
 """Tokenising: this project's way against the reference's, in one run on the same rows.
 
-    python benchmarks/data.py                  # 1,000,000 rows; about 5 minutes on two cores
+    python benchmarks/data.py                  # 1,000,000 rows; two to three minutes on two cores
     python benchmarks/data.py --rows 50000     # a quick look
 
 Rows are made from the embedded reviews. The reference's way (ChatGLM Efficient Tuning, src/glmtuner/dsets) is one

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import Step, clock
+from glm.data.check import summary as summary_of_data
 from glm.evaluation.curves import draw_curves
 
 MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO"}
@@ -131,6 +132,8 @@ def next_lines(summary: dict[str, Any]) -> list[str]:
 def publish(root: Path, summary: dict[str, Any]) -> None:
     """Prefect artifacts of the flow run: the report, the curves of what it executed, links to the runs in MLflow."""
     create_markdown_artifact(markdown(summary), key="results", description="Before and after, on the test split")
+    data = summary_of_data(read_json(root / "reports" / "preprocess" / "report.json"))
+    create_markdown_artifact(f"```\n{data}\n```", key="data", description="Rows read, kept, dropped and why")
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
         if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it

@@ -136,7 +136,11 @@ class Data(Section):
 
 
 class Training(Section):
-    """What SFT and reward model have in common; names and meanings are those of transformers' TrainingArguments."""
+    """What SFT and reward model have in common; names and meanings are those of transformers' TrainingArguments.
+
+    An optimizer step holds per_device_train_batch_size x gradient_accumulation_steps examples, packed or not, and its
+    loss is the mean over all their label tokens (reward model: over the rankings). Only `tokens_per_step` changes that.
+    """
 
     learning_rate: float = Field(5e-5, gt=0, lt=1)
     num_train_epochs: float = Field(3.0, gt=0)
@@ -150,11 +154,39 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(100, ge=1, description="optimizer steps between two looks at the dev split")
+    packing: bool = Field(True, description="examples side by side in one row instead of padded to the longest")
+    tokens_per_forward: int = Field(
+        4096,
+        ge=64,
+        description="tokens of one packed row; more is faster and takes memory, results stay",
+    )
+    tokens_per_step: int | None = Field(
+        None, ge=64, description="tokens of an optimizer step, in place of a number of examples; needs packing"
+    )
+    torch_compile: bool | Literal["auto"] = Field(
+        "auto", description="compile the decoder layers; auto: on a GPU, packed, if the run is long enough to gain"
+    )
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto", description="compute activations again in the backward pass; auto: as little as fits the GPU's memory"
+    )
 
     @model_validator(mode="after")
     def some_steps(self) -> Self:
         if self.max_steps == 0:
             raise ValueError("max_steps 0 would train nothing: -1 means as num_train_epochs says")
+        return self
+
+    @model_validator(mode="after")
+    def steps_of_whole_rows(self) -> Self:
+        if self.tokens_per_step is None:
+            return self
+        if not self.packing:
+            raise ValueError(f"tokens_per_step {self.tokens_per_step} needs packing: true")
+        if self.tokens_per_step > self.tokens_per_forward and self.tokens_per_step % self.tokens_per_forward:
+            raise ValueError(
+                f"tokens_per_step {self.tokens_per_step} is not a multiple of tokens_per_forward "
+                f"{self.tokens_per_forward}"
+            )
         return self
 
 

@@ -1,7 +1,8 @@
 """Compare base, SFT and PPO on the test split.
 
 Loss on the reference answers, BLEU and ROUGE of greedy answers, reward and KL of sampled ones. Writes reports/evaluate:
-predictions.jsonl (every greedy answer with its row id and reference) and samples.json (three prompts, side by side).
+predictions.jsonl (every greedy answer with its row id and reference) and samples.json (three prompts, answered side by
+side with the chat's sampling, since a small model's greedy answers go in circles).
 """
 
 import json
@@ -15,9 +16,12 @@ from tasks.tokenized import ROWS, tokenized
 
 ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
 SAMPLES = 3
+CHAT_SAMPLING = {"do_sample": True, "temperature": 0.95, "top_p": 0.7}
 
 
 def run(stage: Stage) -> dict[str, float]:
+    import torch
+
     from glm.data.encode import prompt_ids
     from glm.evaluation.text_metrics import corpus_scores
     from glm.generation.decode import decode, generate
@@ -38,16 +42,20 @@ def run(stage: Stage) -> dict[str, float]:
 
     reward_metrics = json.loads(Path("metrics/reward.json").read_text(encoding="utf-8"))
     metrics = {"reward.accuracy": reward_metrics["test_accuracy"]}
+    shown = range(0, len(asked), max(1, len(asked) // SAMPLES))[:SAMPLES]
+    samples = [{"prompt": question_of(asked[at])} for at in shown]
     texts: dict[str, list[str]] = {}
     for number, (who, adapter) in enumerate(ADAPTERS.items()):
         stage.progress(3 * number, 3 * len(ADAPTERS), f"{who}: loss")
         actors.use(adapter)
         metrics[f"{who}.loss"] = sft.mean_loss(actors.model, tokenizer, examples, options.batch_size)
         stage.progress(3 * number + 1, 3 * len(ADAPTERS), f"{who}: greedy answers")
-        answers = generate(
-            actors.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
-        )
-        texts[who] = [decode(tokenizer, answer) for answer in answers]
+        limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+        texts[who] = [decode(tokenizer, answer) for answer in generate(actors.model, tokenizer, prompts, **limits)]
+        torch.manual_seed(params.seed)
+        drawn = generate(actors.model, tokenizer, [prompts[at] for at in shown], **limits, **CHAT_SAMPLING)
+        for sample, answer in zip(samples, drawn, strict=True):
+            sample[who] = decode(tokenizer, answer)
         found = corpus_scores(texts[who], labels)
         stage.progress(3 * number + 2, 3 * len(ADAPTERS), f"{who}: reward and KL")
         found |= policy_eval.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
@@ -60,8 +68,7 @@ def run(stage: Stage) -> dict[str, float]:
     ]
     with replace_folder("reports/evaluate") as folder:
         write_jsonl(folder / "predictions.jsonl", predictions)
-        chosen = predictions[:: max(1, len(predictions) // SAMPLES)][:SAMPLES]
-        write_json(folder / "samples.json", [{key: p[key] for key in ("prompt", *ADAPTERS)} for p in chosen])
+        write_json(folder / "samples.json", samples)
     stage.log_artifact("reports/evaluate")
     return metrics
 

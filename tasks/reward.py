@@ -26,6 +26,7 @@ def run(stage: Stage) -> dict[str, float]:
         sft_adapter=Path("models/sft") if params.reward.init == "sft" else None,
         seed=params.seed,
         log=stage.log,
+        log_speed=stage.log_speed,
         progress=stage.progress,
     )
     scores = reward.scores_of_examples(trained, tokenizer, examples["test"], params.reward.per_device_eval_batch_size)

@@ -20,6 +20,7 @@ def run(stage: Stage) -> dict[str, float]:
         params.sft,
         seed=params.seed,
         log=stage.log,
+        log_speed=stage.log_speed,
         progress=stage.progress,
     )
     save_adapter(adapted, "models/sft")

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -180,6 +181,8 @@ def main(step: str, run: Run, uses_torch: bool = True) -> None:
     _fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("glm").setLevel(logging.INFO)  # what the library chose, a line a choice
         params = load_params()
         entry = stage_entry(step)
         _seed_everything(params.seed, uses_torch)
@@ -261,6 +264,7 @@ def _seed_everything(seed: int, uses_torch: bool) -> None:
         torch.set_num_threads(thread_number())
         # Some CUDA kernels have no deterministic form (a float cumsum, in sampling): warn there instead of failing.
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is written twice
 
 
 def _made_by_run(entry: StageEntry) -> list[str]:

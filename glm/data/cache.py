@@ -15,6 +15,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections import deque
@@ -104,6 +105,8 @@ def tokenize(
     target = Path(folder) / key
     with _lock(Path(folder) / f"{key}.lock", progress):
         if not target.exists():
+            for left in target.parent.glob(f".{key}.*"):  # by a run that was killed
+                shutil.rmtree(left)
             with replace_folder(target) as written:
                 rows = _encode_file(Path(path), written / "data.arrow", tokenizer, params, processes, progress)
                 write_json(written / "meta.json", {"key": parts, **rows})

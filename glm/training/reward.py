@@ -13,13 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.config import Reward, Sft
-from glm.data.collate import PairCollator, pad_ids
+from glm.data.collate import pad_ids
 from glm.models.adapters import add_lora, last_hidden, load_lora, load_score, save_lora, save_score, trainable_count
-from glm.training.trainer import Log, Progress, TrainerLog, require_rows, training_arguments
+from glm.models.packed_attention import attention_of
+from glm.training.layers import layers_run
+from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
 
 
 class RewardModel(nn.Module):
@@ -30,11 +33,62 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.score = score.to(backbone.device)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Scores [batch] of right-padded sequences [batch, length]."""
-        hidden = last_hidden(self.backbone, input_ids, attention_mask)
-        last = attention_mask.sum(-1) - 1
-        return self.score(hidden[torch.arange(len(last)), last].float()).squeeze(-1)
+    def forward(self, ends: Tensor, **inputs: Any) -> Tensor:
+        """Scores [n] of the sequences that end at `ends` [n], positions in the flattened rows of `inputs`."""
+        hidden = last_hidden(self.backbone, **inputs)
+        return self.score(hidden.flatten(0, 1)[ends].float()).squeeze(-1)
+
+
+class RewardLoss(nn.Module):
+    """Maps a micro-batch of `RankingCollator` to the sum of its rankings' losses."""
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sizes: list[int], **inputs: Any) -> Tensor:
+        return pairwise_loss(self.model(**inputs), sizes) * len(sizes)
+
+
+class RankingCollator:
+    """Rankings, best answer first, → the micro-batches of a step, packed or padded, and the number of rankings.
+
+    A ranking is never split. `sizes` says how many answers each has. Packed, it also takes rows of rankings.
+    """
+
+    def __init__(self, pad_id: int, packing: Packing | None, micro_batch_size: int) -> None:
+        self.pad_id = pad_id
+        self.packing = packing
+        self.micro_batch_size = micro_batch_size
+
+    def __call__(self, step: list[Any]) -> dict[str, Any]:
+        rows = step
+        if self.packing is None:
+            rows = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
+        elif isinstance(step[0], dict):
+            rows = pack_step(step, lambda ranking: sum(map(len, ranking["sequences"])), self.packing.tokens_per_row)
+        rankings = [ranking for row in rows for ranking in row]
+        return {
+            "micro_batches": [self._inputs(row) for row in rows],
+            "items": len(rankings),
+            "tokens": sum(len(sequence) for ranking in rankings for sequence in ranking["sequences"]),
+            "examples": len(rankings),
+        }
+
+    def _inputs(self, rankings: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences = [sequence for ranking in rankings for sequence in ranking["sequences"]]
+        sizes = [len(ranking["sequences"]) for ranking in rankings]
+        if self.packing is None:
+            return {**padded(sequences, self.pad_id), "sizes": sizes}
+        ends = torch.tensor([*map(len, sequences)]).cumsum(0) - 1
+        return {**packed_row(sequences, self.packing, self.pad_id), "ends": ends, "sizes": sizes}
+
+
+def padded(sequences: list[list[int]], pad_id: int) -> dict[str, Tensor]:
+    """A reward model's inputs for right-padded sequences."""
+    inputs = pad_ids(sequences, pad_id, "right")
+    lengths = inputs["attention_mask"].sum(-1)
+    return {**inputs, "ends": torch.arange(len(sequences)) * inputs["input_ids"].shape[1] + lengths - 1}
 
 
 def train(
@@ -48,6 +102,7 @@ def train(
     sft_adapter: Path | None,
     seed: int,
     log: Log,
+    log_speed: Log,
     progress: Progress,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train on examples of `sequences` (token ids of prompt + answer, best answer first).
@@ -67,14 +122,21 @@ def train(
     nn.init.zeros_(score.weight)
     reward_model = RewardModel(backbone, score)
     trained, total = trainable_count(reward_model)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _RewardTrainer(
-            model=reward_model,
-            args=training_arguments(params, scratch, seed, has_dev=bool(dev_set), label_name="sizes"),
-            train_dataset=train_set,
+    steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        attention_of(model, packed=steps.packing is not None),
+        layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
+    ):
+        trainer = StepTrainer(
+            model=RewardLoss(reward_model),
+            args=training_arguments(params, steps, scratch, seed, has_dev=bool(dev_set)),
+            train_dataset=steps.train_set,
             eval_dataset=dev_set or None,
-            data_collator=PairCollator(tokenizer.pad_token_id),
+            eval_batch_size=params.per_device_eval_batch_size,
+            data_collator=RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size),
             callbacks=[TrainerLog(log, progress)],
+            log_speed=log_speed,
         )
         result = trainer.train()
     numbers = {
@@ -88,12 +150,12 @@ def train(
     return reward_model, numbers
 
 
-def pairwise_loss(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def pairwise_loss(scores: Tensor, sizes: list[int]) -> Tensor:
     """Mean over rankings of the mean over their pairs of -log sigmoid(better - worse).
 
     `scores` [sum of sizes] holds the rankings one after the other, best answer first.
     """
-    return torch.stack([-F.logsigmoid(_margins(ranking)).mean() for ranking in scores.split(sizes.tolist())]).mean()
+    return torch.stack([-F.logsigmoid(_margins(ranking)).mean() for ranking in scores.split(sizes)]).mean()
 
 
 def evaluate(
@@ -104,32 +166,32 @@ def evaluate(
     return ranking_metrics(scores, [len(example["sequences"]) for example in examples])
 
 
-def ranking_metrics(scores: torch.Tensor, sizes: list[int]) -> dict[str, float]:
+def ranking_metrics(scores: Tensor, sizes: list[int]) -> dict[str, float]:
     """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
     margins = torch.cat([_margins(ranking) for ranking in scores.split(sizes)])
     return {
         "accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "eval_loss": pairwise_loss(scores, torch.tensor(sizes)).item(),
+        "eval_loss": pairwise_loss(scores, sizes).item(),
     }
 
 
 def scores_of_examples(
     model: RewardModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], batch_size: int
-) -> torch.Tensor:
+) -> Tensor:
     """Scores of all answers, ranking after ranking."""
     sequences = [sequence for example in examples for sequence in example["sequences"]]
     return scores_of(model, sequences, tokenizer.pad_token_id, batch_size)
 
 
 @torch.no_grad()
-def scores_of(model: RewardModel, sequences: list[list[int]], pad_id: int, batch_size: int) -> torch.Tensor:
+def scores_of(model: RewardModel, sequences: list[list[int]], pad_id: int, batch_size: int) -> Tensor:
     """Scores [n] (float32, on the CPU) of token sequences, in their order; batched by length to pad little."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     scores = torch.empty(len(sequences))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad_ids([sequences[index] for index in chosen], pad_id, "right")
+        batch = padded([sequences[index] for index in chosen], pad_id)
         scores[chosen] = model(**{key: value.to(model.backbone.device) for key, value in batch.items()}).float().cpu()
     return scores
 
@@ -145,17 +207,7 @@ def load(model: PreTrainedModel, folder: Path) -> RewardModel:
     return RewardModel(load_lora(model, folder), load_score(folder)).eval()
 
 
-def _margins(ranking: torch.Tensor) -> torch.Tensor:
+def _margins(ranking: Tensor) -> Tensor:
     """Score differences better - worse of all pairs of one ranking, best first."""
     better, worse = torch.triu_indices(len(ranking), len(ranking), offset=1)
     return ranking[better] - ranking[worse]
-
-
-class _RewardTrainer(Trainer):
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sizes = inputs["sizes"]
-        scores = model(inputs["input_ids"], inputs["attention_mask"])
-        loss = pairwise_loss(scores, sizes)
-        return (loss, {"scores": scores}) if return_outputs else loss

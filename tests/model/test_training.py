@@ -55,6 +55,7 @@ def trained_sft(base: GlmForCausalLM, tokenizer: Any, examples: list[dict[str, A
         SFT,
         seed=1,
         log=lambda step, values: points.append((step, values)),
+        log_speed=nothing,
         progress=nothing,
     )
     return model, numbers, points
@@ -144,6 +145,7 @@ def test_the_reward_model_learns_the_order_and_is_a_plain_sequence_classifier(
         sft_adapter=None,
         seed=1,
         log=nothing,
+        log_speed=nothing,
         progress=nothing,
     )
     assert numbers["accuracy"] == 1
@@ -177,10 +179,8 @@ def test_pairwise_loss_by_hand() -> None:
     scores = torch.tensor([1.0, 0.0, 3.0, 2.0, 0.0])
     margins = torch.tensor([1.0]), torch.tensor([1.0, 3.0, 2.0])
     wanted = sum((torch.log1p(torch.exp(-m))).mean() for m in margins) / 2
-    assert reward.pairwise_loss(scores, torch.tensor([2, 3])).item() == pytest.approx(wanted.item())
-    assert torch.isfinite(
-        reward.pairwise_loss(torch.tensor([-1e4, 1e4]), torch.tensor([2]))
-    )  # log(sigmoid) is -inf here
+    assert reward.pairwise_loss(scores, [2, 3]).item() == pytest.approx(wanted.item())
+    assert torch.isfinite(reward.pairwise_loss(torch.tensor([-1e4, 1e4]), [2]))  # log(sigmoid) is -inf here
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, tokenizer, examples) -> None:
@@ -192,4 +192,4 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tokenizer, examples) -> No
 
 def test_without_rows_nothing_is_trained(base, tokenizer) -> None:
     with pytest.raises(InputError, match="no SFT rows"):
-        sft.train(base, tokenizer, [], [], SFT, seed=1, log=nothing, progress=nothing)
+        sft.train(base, tokenizer, [], [], SFT, seed=1, log=nothing, log_speed=nothing, progress=nothing)

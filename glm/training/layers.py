@@ -1,0 +1,126 @@
+"""How decoder layers run in training: compiled one by one, and keeping as many activations as memory allows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from glm.models.quantization import PackedLinear
+from glm.training.loss import CHUNK_LOGITS
+
+Checkpointing = Literal["none", "selective", "full"]
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, the ones that transformers can checkpoint."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def layers_run(model: nn.Module, *, compiled: bool, checkpointing: Checkpointing) -> Iterator[None]:
+    """Inside, the decoder layers of `model` are compiled and checkpointed as said; afterwards they are as before.
+
+    One compiled function serves all layers, since they differ only in weights. "full" keeps a layer's input and
+    computes the layer again in the backward pass; "selective" computes again what takes much room for its time: all
+    but attention and the products that do not widen (of a GLM block: the MLP's first half and what is elementwise).
+    """
+    run: Callable[..., Tensor] = {"none": _forward, "selective": _selective, "full": _full}[checkpointing]
+    if compiled and checkpointing == "full" and quantized(model):
+        # torch 2.11 loses the marks of what to compute again in bitsandbytes' functions, and keeps everything.
+        run = partial(_full, run=torch.compile(_forward))
+    elif compiled:
+        run = torch.compile(run)
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.forward = partial(run, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def quantized(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weights of the decoder layers."""
+    return any(type(module).__module__.startswith("bitsandbytes") for module in decoder_layers(model)[0].modules())
+
+
+def choose_checkpointing(
+    model: PreTrainedModel, tokens: int, trained: int, *, compiled: bool, free: int
+) -> Checkpointing:
+    """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
+
+    `trained` parameters take a gradient and two moments in float32. Where even "full" does not fit, it is tried.
+    "selective" is not for compiled bitsandbytes layers, see `layers_run`.
+    """
+    for mode in MODES:
+        if mode == "selective" and compiled and quantized(model):
+            continue
+        if memory_estimate(model, tokens, trained, mode, compiled=compiled) <= free:
+            return mode
+    return "full"
+
+
+def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Checkpointing, *, compiled: bool) -> int:
+    """Bytes that a training step takes on top of the weights: activations, one layer's backward, loss, optimizer.
+
+    Without compiling, elementwise steps keep their inputs too, several of them in float32: about 2.5 times as much.
+    """
+    layers = decoder_layers(model)
+    hidden = model.config.hidden_size
+    linears = [
+        (module.in_features, module.out_features)
+        for name, module in layers[0].named_modules()
+        if isinstance(module, nn.Linear | PackedLinear) and "lora_" not in name
+    ]
+    whole = 3 * hidden + sum(width for _, width in linears)  # residual stream and both norms, products
+    kept = {
+        "none": whole,
+        "selective": 3 * hidden + sum(width for inner, width in linears if width <= inner),
+        "full": hidden,
+    }[mode]
+    size = 4 if model.dtype == torch.float32 else 2
+    eager = 1.0 if compiled else 2.5
+    again = 0 if mode == "none" else whole
+    activations = tokens * size * eager * (len(layers) * kept + again + whole)
+    return int(activations + CHUNK_LOGITS * 16 + trained * 12)
+
+
+def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return type(layer).forward(layer, hidden_states, *args, **kwargs)
+
+
+def _full(
+    layer: nn.Module, hidden_states: Tensor, *args: Any, run: Callable[..., Tensor] = _forward, **kwargs: Any
+) -> Tensor:
+    def forward(states: Tensor) -> Tensor:
+        return run(layer, states, *args, **kwargs)
+
+    return checkpoint(forward, hidden_states, use_reentrant=False)
+
+
+def _selective(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(states: Tensor) -> Tensor:
+        return _forward(layer, states, *args, **kwargs)
+
+    return checkpoint(forward, hidden_states, use_reentrant=False, context_fn=_keep_narrow)
+
+
+def _keep_narrow() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        inner, width = args[-1].shape
+        return CheckpointPolicy.MUST_SAVE if width <= inner else CheckpointPolicy.PREFER_RECOMPUTE
+    if "attn" in op.name() or "attention" in op.name():
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

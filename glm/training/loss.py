@@ -1,0 +1,61 @@
+"""Next-token loss where labels are, and nowhere else: neither computed nor kept for prompts and padding."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from glm.data.encode import IGNORED
+
+CHUNK_LOGITS = 2**25  # logits that live at a time: 134 MB in float32, 516 tokens of ChatGLM2's vocabulary
+
+
+def label_positions(labels: Tensor) -> dict[str, Tensor]:
+    """`positions` and `targets`, both [n], of `labels` [rows, length]: where in the flattened rows which token comes.
+
+    The first label of a row is predicted by nothing; rows that hold several sequences must ignore each one's first.
+    """
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return {"positions": rows * labels.shape[1] + columns, "targets": labels[rows, columns + 1]}
+
+
+def cross_entropy_sum(hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
+    """Sum over tokens of -log softmax(head(hidden))[target], in float32.
+
+    `hidden` [n, hidden size] are the last hidden states at the positions to predict from, `targets` [n] token ids. No
+    more than CHUNK_LOGITS logits exist at a time. Under a frozen head the gradient of `hidden` is made on the way, so
+    that nothing is computed twice; under a trained one the backward pass computes the logits again. What fits one
+    chunk is simply kept.
+    """
+    chunk = max(1, CHUNK_LOGITS // vocabulary)
+    if len(targets) <= chunk:
+        return _chunk(hidden, head, targets)
+    if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHead.apply(hidden, head, targets, chunk)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        total = total + checkpoint(_chunk, states, head, wanted, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def _chunk(states: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
+        gradients, total = [], hidden.new_zeros((), dtype=torch.float32)
+        for states, wanted in zip(hidden.detach().split(chunk), targets.split(chunk), strict=True):
+            with torch.enable_grad():
+                loss = _chunk(states.requires_grad_(), head, wanted)
+            gradients += torch.autograd.grad(loss, states)
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradient_of_sum: Tensor) -> Any:
+        return ctx.saved_tensors[0] * gradient_of_sum[0], None, None, None

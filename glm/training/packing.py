@@ -1,0 +1,92 @@
+"""Packing: short examples side by side in one row, so that no computing goes into padding.
+
+A row [1, length] holds several sequences; positions restart in each, and offsets (`cu_seq_lens_*`, the names that
+transformers' flash attention takes) tell the attention where they begin, see `glm.models.packed_attention`. The loss of
+a step is a sum over its rows divided by the step's items, so that how examples fall into rows changes nothing.
+
+Left out: packing across steps (a step's examples are packed among themselves, or with `tokens_per_step` the whole
+data set is packed once), splitting an example over two rows.
+"""
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows are made. A row longer than `tokens_per_row` occurs only where one example alone is longer.
+
+    `multiple`: rows are filled up to a multiple of so many tokens, so that compiled code sees few shapes.
+    `max_sequences`: entries of the offsets, the same for every row for the same reason.
+    `max_length`: of one sequence; likewise constant.
+    """
+
+    tokens_per_row: int
+    multiple: int
+    max_sequences: int
+    max_length: int
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `sizes` in bins of `capacity`: each goes, in its turn, where it leaves the least room.
+
+    With `sizes` in decreasing order this is best-fit decreasing, which needs at most 11/9 of the least number of bins
+    (Johnson et al. 1974, as first-fit decreasing). A size above `capacity` gets a bin of its own.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for index, size in enumerate(sizes):
+        at = bisect_left(rooms, (size, -1))
+        if at == len(rooms):
+            bins.append([])
+            room, chosen = capacity, len(bins) - 1
+        else:
+            room, chosen = rooms.pop(at)
+        bins[chosen].append(index)
+        insort(rooms, (room - size, chosen))
+    return bins
+
+
+def pack_step(items: list[Item], size: Callable[[Item], int], capacity: int) -> list[list[Item]]:
+    """The items of one step in as few rows as best-fit decreasing finds."""
+    ordered = sorted(items, key=size, reverse=True)
+    return [[ordered[index] for index in row] for row in best_fit([size(item) for item in ordered], capacity)]
+
+
+def pack_dataset(items: list[Item], size: Callable[[Item], int], capacity: int, seed: int) -> list[list[Item]]:
+    """All items in rows. They come in random order, so that a row is a fair sample and not sorted by length."""
+    shuffled = list(items)
+    random.Random(seed).shuffle(shuffled)
+    return [[shuffled[index] for index in row] for row in best_fit([size(item) for item in shuffled], capacity)]
+
+
+def packed_row(sequences: list[list[int]], packing: Packing, pad_id: int) -> dict[str, Any]:
+    """A model's inputs for sequences in one row, in their order; filling at the end is a sequence of its own.
+
+    `input_ids` and `position_ids` [1, length], offsets int32 [max_sequences + 2], and the longest sequence's length.
+    """
+    total = sum(map(len, sequences))
+    length = -(-total // packing.multiple) * packing.multiple
+    lengths = [*map(len, sequences), *([length - total] if length > total else [])]
+    most = max(packing.max_sequences, len(sequences))  # a look at the dev set may bring more, and is not compiled
+    offsets = torch.full((most + 2,), length, dtype=torch.int32)
+    offsets[0] = 0
+    offsets[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+    ids = torch.full((1, length), pad_id)
+    ids[0, :total] = torch.tensor([token for sequence in sequences for token in sequence])
+    longest = max(packing.max_length, packing.multiple)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(size) for size in lengths])[None],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
