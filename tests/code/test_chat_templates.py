@@ -32,8 +32,10 @@ def tokenizer_of(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def recorded(name: str) -> dict[str, Any]:
-    folder = GOLDEN if name.endswith("-tiny") else SHARED
-    return json.loads((folder / f"tokenizer-{name}" / "encodings.json").read_text(encoding="utf-8"))
+    path = (GOLDEN if name.endswith("-tiny") else SHARED) / f"tokenizer-{name}" / "encodings.json"
+    if not path.is_file():
+        pytest.skip(f"what was recorded with the authors' vocabulary is not part of the repository: {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def user(content: str) -> dict[str, Any]:
