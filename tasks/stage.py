@@ -238,7 +238,7 @@ def _fix_environment() -> None:
     """Same machine, same params.yaml, same bytes: set what is read when Python and the BLAS start, and start again.
 
     The order of sets reaches files (peft's target_modules, for one); a sum's rounding depends on how many threads split
-    it, so that their number must not depend on the load (threads that wait must not spin, or other work on the same cores
+    it, so their number must not depend on the load (threads that wait must not spin, or other work on these cores
     makes a small model ten times slower); cuBLAS is deterministic only with a fixed workspace.
     """
     fixed = {
