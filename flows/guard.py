@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -85,16 +85,21 @@ def _guard(parent: int, time_limit: float, command: list[str]) -> int:
     if os.getppid() != parent:  # it died before the kernel was told to say so
         return 128 + signal.SIGTERM
     try:
-        # close_fds=False: the lock's descriptor goes on to the command
-        return subprocess.Popen(command, close_fds=False).wait(time_limit or None)
-    except subprocess.TimeoutExpired:
-        return TIMED_OUT
+        try:
+            # close_fds=False: the lock's descriptor goes on to the command
+            return subprocess.Popen(command, close_fds=False).wait(time_limit or None)
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _stop_descendants()
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
+    # Once is enough: a parent that is killed has the kernel say so for each of its threads, and a second exception
+    # would end the stopping of descendants that the first one began.
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
@@ -103,11 +108,13 @@ def _stop_descendants() -> None:
 
     me = psutil.Process()
     for descendant in (gone := me.children(recursive=True)):
-        descendant.terminate()
+        with suppress(psutil.NoSuchProcess):
+            descendant.terminate()
     psutil.wait_procs(gone, timeout=GRACE)
     while left := me.children(recursive=True):  # those that did not listen, and what they started meanwhile
         for descendant in left:
-            descendant.kill()
+            with suppress(psutil.NoSuchProcess):
+                descendant.kill()
         psutil.wait_procs(left, timeout=1)
 
 

@@ -86,8 +86,8 @@ class Project:
                 continue
         return found
 
-    def assert_nothing_runs(self, seconds: float = 45) -> None:
-        """After the guard's grace of 10 s and what a busy machine adds to it."""
+    def assert_nothing_runs(self, seconds: float = 15) -> None:
+        """After a grace for those that are closing their books."""
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -81,6 +81,19 @@ def test_guard_stops_grandchildren(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any(process.is_running() for process in family)
 
 
+@pytest.mark.parametrize("attempt", range(5))
+def test_guard_survives_being_told_many_times(tmp_path: Path, attempt: int) -> None:
+    """The kernel says that the parent is gone once for each of the parent's threads."""
+    command = [sys.executable, "-c", SPAWN, SLEEP]
+    with guard.running(command, cwd=tmp_path, env=os.environ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        while process.poll() is None:
+            process.terminate()
+    assert len(family) == 2
+    assert not psutil.wait_procs(family, timeout=15)[1]
+
+
 def test_guard_keeps_the_time_limit(tmp_path: Path) -> None:
     started = time.monotonic()
     with guard.running([sys.executable, "-c", SLEEP], cwd=tmp_path, env=os.environ, time_limit=1) as process:
