@@ -6,6 +6,7 @@ from transformers import TextStreamer
 
 from glm.config import Data
 from glm.data.encode import end_id, prompt_ids
+from glm.generation.decode import decode
 from glm.models import load_model, load_tokenizer
 
 
@@ -54,4 +55,4 @@ def talk(
             **sampling,
         )[0, ids.shape[1] :]
         sys.stdout.flush()
-        messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True).strip()})
+        messages.append({"role": "assistant", "content": decode(tokenizer, answer.tolist())})

@@ -5,8 +5,6 @@
     [{"role": "assistant", "content": "..."}]
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -23,12 +21,9 @@ class ChatModel(PythonModel):
 
         from glm.config import Data
         from glm.models import load_model, load_tokenizer
+        from glm.models.checkpoint import follow_pointer
 
-        base, revision = context.artifacts["base"], None
-        pointer = Path(base, "source.json")
-        if pointer.exists():
-            source = json.loads(pointer.read_text(encoding="utf-8"))
-            base, revision = source["path"], source["revision"]
+        base, revision = follow_pointer(context.artifacts["base"])
         adapters = [context.artifacts["adapter"]] if "adapter" in context.artifacts else []
         self.model = load_model(
             base, adapters=adapters, device="cuda" if torch.cuda.is_available() else "cpu", revision=revision

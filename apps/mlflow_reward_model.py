@@ -1,6 +1,5 @@
 """The reward model that MLflow loads from code: it scores the last answer of each list of chat messages."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,10 @@ class RewardModel(PythonModel):
 
         from glm.config import Data
         from glm.models import load_model, load_tokenizer
+        from glm.models.checkpoint import follow_pointer
         from glm.training import reward
 
-        base, revision = context.artifacts["base"], None
-        pointer = Path(base, "source.json")
-        if pointer.exists():
-            source = json.loads(pointer.read_text(encoding="utf-8"))
-            base, revision = source["path"], source["revision"]
+        base, revision = follow_pointer(context.artifacts["base"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(base, device=device, revision=revision)
         self.model = reward.load(model, Path(context.artifacts["adapter"]))

@@ -5,8 +5,8 @@ cache key is its key there, a hash of command, dependencies (data and code) and 
 outputs on disk are what dvc.lock says, so a deleted output, edited code or half-written model is never taken for a hit.
 Never add this policy to another one: Prefect drops a `None` key from a sum of policies.
 
-The key comes from private functions of DVC (hence `dvc<4` in pyproject.toml); tests/pipeline/test_dvc_stage.py checks
-it against the folders of .dvc/cache/runs.
+The key comes from private functions of DVC (hence `dvc<4` in pyproject.toml); tests/pipeline/test_flow.py checks it
+against the folders of .dvc/cache/runs.
 """
 
 import os

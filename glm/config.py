@@ -7,6 +7,7 @@ once. `python -m glm.config` writes the JSON schema for editors.
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from glm.errors import InputError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, or a name alone
 EMBEDDED = "embedded"  # the value of model.path that stands for the tiny model made by the base step
 
 

@@ -38,14 +38,16 @@ def base_source() -> tuple[str, str | None]:
     Raises:
         InputError: the base step has not run, or files of the model changed since.
     """
-    pointer = Path(BASE, "source.json")
-    if not pointer.exists():
+    from glm.models.checkpoint import follow_pointer
+
+    path, revision = follow_pointer(BASE)
+    if path == BASE:
         if not Path(BASE, "config.json").exists():
             raise InputError(f"{BASE}: no base model; run `dvc repro base` first")
-        return BASE, None
-    source = json.loads(pointer.read_text(encoding="utf-8"))
-    folder = Path(source["path"])
-    for name, seen in source["files"].items() if folder.is_dir() else ():
+        return path, revision
+    folder = Path(path)
+    files = json.loads(Path(BASE, "source.json").read_text(encoding="utf-8"))["files"]
+    for name, seen in files.items() if folder.is_dir() else ():
         file = folder / name
         size = file.stat().st_size if file.exists() else None
         if size != seen["size"]:
@@ -53,7 +55,7 @@ def base_source() -> tuple[str, str | None]:
                 f"{file}: {'missing' if size is None else f'{size} bytes'}, but {seen['size']} bytes when the base "
                 "step recorded it; restore it, or accept the new model by `dvc repro -f -s base`"
             )
-    return source["path"], source["revision"]
+    return path, revision
 
 
 def load_base(params: Params) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

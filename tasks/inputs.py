@@ -1,18 +1,15 @@
 """Are the things that params.yaml names there? Asked before a run starts, so that it does not fail after an hour."""
 
-import re
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from glm.config import EMBEDDED, Data, Params
+from glm.config import EMBEDDED, HUB_ID, Data, Params
 from glm.data.registry import find, read_registry
 from glm.data.rows import USES
 from glm.data.sources import local_files
 from glm.errors import InputError
 from tasks.lineage import content_hash
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def check_inputs(params: Params) -> None:

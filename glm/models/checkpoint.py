@@ -7,7 +7,6 @@ plus one shard. `LazyTensor` gives such reads the face of a safetensors slice, w
 
 import json
 import pickle
-import re
 import threading
 import zipfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from glm.config import HUB_ID
 from glm.errors import InputError
 
 # File names in the order in which they are looked for, the same as transformers'.
@@ -41,7 +41,7 @@ def local_folder(path_or_hub_id: str, revision: str | None = None) -> Path:
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_hub_id):
+    if not HUB_ID.fullmatch(path_or_hub_id):
         raise InputError(f"{path_or_hub_id}: no such folder")
     try:
         wanted = [*_TEXT_FILES, "*.safetensors"]
@@ -53,6 +53,15 @@ def local_folder(path_or_hub_id: str, revision: str | None = None) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path_or_hub_id}: no such folder, and not to be had from the hub: {reason}") from error
     return found
+
+
+def follow_pointer(folder: str | Path) -> tuple[str, str | None]:
+    """The (folder or hub id, revision) that `folder`/source.json names; `folder` itself where there is no such file."""
+    pointer = Path(folder, "source.json")
+    if not pointer.exists():
+        return str(folder), None
+    source = json.loads(pointer.read_text(encoding="utf-8"))
+    return source["path"], source["revision"]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -67,6 +67,18 @@ def pack_dataset(items: list[Item], size: Callable[[Item], int], capacity: int, 
     return [[shuffled[index] for index in row] for row in best_fit([size(item) for item in shuffled], capacity)]
 
 
+def step_rows(
+    step: list[Any], packing: Packing | None, micro_batch_size: int, size: Callable[[Any], int]
+) -> list[list[Any]]:
+    """A step's examples as the rows that are computed one after the other: packed, or `micro_batch_size` to a row.
+
+    A step that holds lists already comes from `pack_dataset` and is taken as it is.
+    """
+    if packing is None:
+        return [step[at : at + micro_batch_size] for at in range(0, len(step), micro_batch_size)]
+    return pack_step(step, size, packing.tokens_per_row) if isinstance(step[0], dict) else step
+
+
 def packed_row(sequences: list[list[int]], packing: Packing, pad_id: int) -> dict[str, Any]:
     """A model's inputs for sequences in one row, in their order; filling at the end is a sequence of its own.
 

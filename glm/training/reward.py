@@ -21,7 +21,7 @@ from glm.data.collate import pad_ids
 from glm.models.adapters import add_lora, last_hidden, load_lora, load_score, save_lora, save_score, trainable_count
 from glm.models.packed_attention import attention_of
 from glm.training.layers import layers_run
-from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
 
 
@@ -62,11 +62,7 @@ class RankingCollator:
         self.micro_batch_size = micro_batch_size
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        rows = step
-        if self.packing is None:
-            rows = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
-        elif isinstance(step[0], dict):
-            rows = pack_step(step, lambda ranking: sum(map(len, ranking["sequences"])), self.packing.tokens_per_row)
+        rows = step_rows(step, self.packing, self.micro_batch_size, lambda ranking: sum(map(len, ranking["sequences"])))
         rankings = [ranking for row in rows for ranking in row]
         return {
             "micro_batches": [self._inputs(row) for row in rows],
@@ -109,8 +105,7 @@ def train(
 
     The LoRA starts as a copy of `sft_adapter`, or fresh with the shape of `lora` where that is None; the head starts at
     zero, so that the first scores are all 0 and the first loss is log 2. Returns the model and `accuracy`, `margin`,
-    `eval_loss` on `dev_set` (`*_before` for the untrained one), `train_loss`, `steps`, `trainable_parameters`,
-    `trainable_percent`.
+    `eval_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`.
 
     Raises:
         InputError: no training rows, or a LoRA target that the model does not have.

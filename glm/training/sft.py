@@ -20,7 +20,7 @@ from glm.models.adapters import add_lora, last_hidden, trainable_count
 from glm.models.packed_attention import attention_of
 from glm.training.layers import layers_run
 from glm.training.loss import cross_entropy_sum, label_positions
-from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
 
 
@@ -54,11 +54,7 @@ class SftCollator:
         self.micro_batch_size = micro_batch_size
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        rows = step
-        if self.packing is None:
-            rows = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
-        elif isinstance(step[0], dict):
-            rows = pack_step(step, lambda example: len(example["input_ids"]), self.packing.tokens_per_row)
+        rows = step_rows(step, self.packing, self.micro_batch_size, lambda example: len(example["input_ids"]))
         parts = [self._inputs(row) for row in rows]
         return {
             "micro_batches": parts,
