@@ -5,7 +5,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from glm.config import EMBEDDED, HUB_ID, Data, Params
-from glm.data.registry import find, read_registry
+from glm.data.registry import read_registry
 from glm.data.rows import USES
 from glm.data.sources import local_files
 from glm.errors import InputError
@@ -36,9 +36,8 @@ def check_datasets(data: Data) -> None:
     Raises:
         InputError: names the first one that is missing or altered, and what would be right.
     """
-    registry = read_registry(data.dataset_dir)
-    for name in dict.fromkeys(name for use in USES for name in getattr(data, use)):
-        entry = find(registry, name, data.dataset_dir)
+    names = [name for use in USES for name in getattr(data, use)]
+    for name, entry in read_registry(data.dataset_dir, names).items():
         if entry.file_name:
             check_tracked(name, Path(data.dataset_dir), entry.file_name)
         local_files(name, entry, data.dataset_dir)

@@ -2,7 +2,7 @@
 
 Reads what data/dataset_info.json names exactly as the pipeline does, in one streaming pass, and reports what would be
 kept, dropped and cut, with every fault counted where the pipeline would stop at the first. Without names it checks the
-datasets of params.yaml. Exit status: 0 fine, 1 rows that do not parse, 2 wrong input.
+datasets of params.yaml. Exit status: 0 fine, 1 rows that do not parse or a dataset without usable rows, 2 wrong input.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(summary(report))
-    return 1 if broken_rows(report) else 0
+    is_empty = any(not counts["kept"] for datasets in report.values() for counts in datasets.values())
+    return 1 if is_empty or broken_rows(report) else 0
 
 
 if __name__ == "__main__":

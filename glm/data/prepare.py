@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from glm.config import Data
-from glm.data.formats import read_rows
 from glm.data.mixing import EVERY, Share, shares, smallest
+from glm.data.raw_rows import read_rows
 from glm.data.registry import Entry
 from glm.data.report import DatasetReport
 from glm.data.rows import SPLITS, USES, Row, Use, question_of, texts_of
@@ -112,16 +112,24 @@ def prepare(
                 done += 1
             _write_splits(folder / use, mixture, params, reports, spools)
             report[use] = {name: reports[name].as_dict() for name in mixture}
-            for split in SPLITS:
-                needed = split != "dev" or params.dev_ratio > 0
-                if broken == "stop" and needed and not any(report[use][name][split] for name in mixture):
-                    counts = {name: {"read": r["read"], "dropped": r["dropped"]} for name, r in report[use].items()}
-                    raise InputError(
-                        f"data.{use} ({', '.join(mixture)}): no rows are left for {split}; read and dropped: "
-                        f"{json.dumps(counts, ensure_ascii=False)}"
-                    )
+            if broken == "stop":
+                _require_rows(use, report[use], params)
         progress(done, total, "")
     return report
+
+
+def _require_rows(use: Use, reports: dict[str, dict[str, Any]], params: Data) -> None:
+    """Raise an InputError if a split of a use would be empty (dev may, where it was not asked for)."""
+    kept = sum(counts["kept"] for counts in reports.values())
+    for split in SPLITS:
+        if any(counts[split] for counts in reports.values()) or (split == "dev" and not params.dev_ratio):
+            continue
+        hint = f"; {kept} rows are few for their hashes to choose from: raise data.{split}_ratio"
+        counts = {name: {key: counts[key] for key in ("read", "dropped")} for name, counts in reports.items()}
+        raise InputError(
+            f"data.{use} ({', '.join(reports)}): no rows are left for {split}; read and dropped: "
+            f"{json.dumps(counts, ensure_ascii=False)}{hint if kept and split != 'train' else ''}"
+        )
 
 
 def _read_dataset(
@@ -143,8 +151,11 @@ def _read_dataset(
             report.read += 1
             report.broken += is_broken
             if is_broken and reading.stop_at_broken:
-                file_name = identity.split(":", 2)[1]
-                raise InputError(f"dataset {name!r}: {file_name}{f', line {line}' if line else ''}: {reason}")
+                file_name = identity.removeprefix(f"{name}:").rpartition(":")[0]
+                raise InputError(
+                    f"dataset {name!r}: {file_name}{f', line {line}' if line else ''}: {reason} "
+                    f"(`glmflow data check {name} --use {reading.use}` shows all that is wrong)"
+                )
             if row is None:
                 report.drop(identity, line, reason)
                 continue
@@ -162,7 +173,6 @@ def _read_dataset(
                 truncated=reading.counter.truncated(row, lengths),
                 language=LANGUAGES.index(language("\n".join(texts)[:LANGUAGE_CHARACTERS])),
             )
-            report.saw(identity, sum(lengths))
 
 
 def _duplicate(content: str, texts: list[str], row: Row, deduplicate: str, seen: dict[int, int]) -> str:
@@ -219,7 +229,7 @@ def _write_rows(out: IO[str], split: str, spool: _Spool, bound: int, share: Shar
                 if turn > 0:
                     report.repeated += taken
                 elif taken:
-                    report.keep(split, spool.tokens[at], spool.truncated[at], spool.languages[at])
+                    report.keep(split, line, spool.tokens[at], spool.truncated[at], spool.languages[at])
                 else:
                     report.dropped["max_samples" if key >= bound else "weight"] += 1
 

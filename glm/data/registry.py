@@ -19,8 +19,9 @@ a source, or of each by name; `file_sha1` is the reference's checksum. A content
 import difflib
 import json
 import re
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -60,47 +61,61 @@ class Entry(BaseModel):
             raise ValueError("package needs files: the paths inside the package")
         if self.files and not (self.package or self.hf_hub_url):
             raise ValueError("files belongs to package or hf_hub_url; a folder is named by file_name")
-        if (self.revision or self.subset) and not (self.hf_hub_url or self.script_url):
-            raise ValueError("revision and subset belong to hf_hub_url")
+        if self.revision and not (self.hf_hub_url or self.script_url):
+            raise ValueError("revision belongs to hf_hub_url")
+        if self.subset and (self.files or not self.hf_hub_url):
+            raise ValueError("subset belongs to hf_hub_url without files")
+        if self.split != "train" and (self.files or not (self.hf_hub_url or self.script_url)):
+            raise ValueError(f"split {self.split!r}: files are read whole; only a dataset of the hub has splits")
+        urls = [self.url] if isinstance(self.url, str) else self.url or []
+        names = [PurePosixPath(path.partition("?")[0]).name for path in [*urls, *(self.files if self.package else [])]]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two files have the name {twice[0]!r}")
         return self
 
 
-def read_registry(dataset_dir: str | Path) -> dict[str, Entry]:
-    """Read and validate `dataset_dir`/dataset_info.json.
+def read_registry(dataset_dir: str | Path, names: Iterable[str] | None = None) -> dict[str, Entry]:
+    """Read `dataset_dir`/dataset_info.json, and validate the entries of `names` (without them, all).
 
     Raises:
-        InputError: missing, not JSON, or an entry is wrong; the message names the entry.
+        InputError: missing, not JSON, an entry is wrong (the message names it), or a name is not there (the message
+            offers the nearest ones).
     """
     path = Path(dataset_dir) / "dataset_info.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; data.dataset_dir must name the folder that holds dataset_info.json"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of JSON, of UTF-8, or a name that stands there twice
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object of name → entry, found {type(content).__name__}")
-    registry = {}
-    for name, entry in content.items():
-        if not re.fullmatch(r"\w[\w.-]*", name):  # it names folders
-            raise InputError(f"{path}: dataset {name!r}: a name is made of letters, digits and . _ -")
-        try:
-            registry[name] = Entry.model_validate(entry)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            field = ".".join(str(part) for part in fault["loc"])
-            raise InputError(f"{path}: dataset {name!r}: {field + ': ' if field else ''}{fault['msg']}") from None
-    return registry
+    return {name: _entry(name, content, path) for name in (content if names is None else dict.fromkeys(names))}
 
 
-def find(registry: dict[str, Entry], name: str, dataset_dir: str | Path) -> Entry:
-    """The entry of `name`, or an InputError that offers the nearest registered names."""
-    if name not in registry:
-        near = difflib.get_close_matches(name, registry, n=3, cutoff=0.4)
-        raise InputError(
-            f"dataset {name!r} is not in {Path(dataset_dir) / 'dataset_info.json'}; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"registered: {', '.join(sorted(registry))}")
-        )
-    return registry[name]
+def _entry(name: str, content: dict[str, Any], path: Path) -> Entry:
+    if name not in content:
+        near = difflib.get_close_matches(name, content, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"registered: {', '.join(sorted(content))}"
+        raise InputError(f"dataset {name!r} is not in {path}; {hint}")
+    if not re.fullmatch(r"\w[\w.-]*", name):  # it names folders
+        raise InputError(f"{path}: dataset {name!r}: a name is made of letters, digits and . _ -")
+    try:
+        return Entry.model_validate(content[name])
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, Entry.model_fields, n=1)
+            message = f"no such field; did you mean {near[0]}?" if near else "no such field"
+        raise InputError(f"{path}: dataset {name!r}: {field + ': ' if field else ''}{message}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} stands there twice")
+    return dict(pairs)

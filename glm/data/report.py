@@ -1,5 +1,6 @@
 """What preprocessing did to each dataset, in numbers: read = kept + dropped, and what the kept rows are like."""
 
+import json
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -9,6 +10,7 @@ from glm.data.text import LANGUAGES
 
 EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens: lower bounds of the histogram's bins
 SHOWN = 20  # dropped rows that the report names one by one, per reason at most a quarter of it
+REASONS = 30
 LONGEST = 5
 DUPLICATES = ("duplicate", "near duplicate")
 
@@ -30,22 +32,22 @@ class DatasetReport:
         self.languages = Counter[int]()
 
     def drop(self, identity: str, line: int | None, reason: str) -> None:
-        """Count a dropped row, and name it while there is room."""
+        """Count a dropped row, and name it while there is room; reasons that quote a file may be of any number."""
+        if reason not in self.dropped and len(self.dropped) >= REASONS:
+            reason = "other reasons"
         self.dropped[reason] += 1
         if self.dropped[reason] <= SHOWN // 4 and len(self.dropped_rows) < SHOWN:
             place = {"line": line} if line is not None else {}
             self.dropped_rows.append({"id": identity, **place, "reason": reason})
 
-    def keep(self, split: str, tokens: int, truncated: int, language: int) -> None:
-        """Count a kept row."""
+    def keep(self, split: str, line: str, tokens: int, truncated: int, language: int) -> None:
+        """Count a kept row; `line` is its JSON."""
         self.kept[split] += 1
         self.truncated += truncated
         self.lengths.append(tokens)
         self.languages[language] += 1
-
-    def saw(self, identity: str, tokens: int) -> None:
-        """Remember the longest usable rows."""
-        self.longest = sorted([*self.longest, (tokens, identity)], key=lambda row: (-row[0], row[1]))[:LONGEST]
+        if len(self.longest) < LONGEST or tokens > self.longest[-1][0]:
+            self.longest = sorted([*self.longest, (tokens, json.loads(line)["id"])], key=lambda row: -row[0])[:LONGEST]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: the dataset's entry in report.json."""

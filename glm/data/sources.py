@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from glm.data.readers import COMPRESSIONS, EXTENSIONS, extension, is_readable
-from glm.data.registry import Entry, find, read_registry
+from glm.data.registry import Entry, read_registry
 from glm.errors import InputError
 from glm.files import file_hash, replace_folder, write_json
 
@@ -42,8 +42,7 @@ def fetch(
     Raises:
         InputError: unknown dataset, missing file, failed download, or a hash that differs from the registry's.
     """
-    registry = read_registry(dataset_dir)
-    entries = {name: find(registry, name, dataset_dir) for name in dict.fromkeys(names)}
+    entries = read_registry(dataset_dir, names)
     local = {name: local_files(name, entry, dataset_dir) for name, entry in entries.items()}
     for name, paths in local.items():
         if paths is not None:
@@ -81,10 +80,13 @@ def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] 
         return None
     target = _inside(name, root, str(entry.file_name or entry.script_url))
     if target.is_dir():
-        # A script of the reference's layout may lie beside its data; it is not run.
-        paths = sorted(path for path in target.iterdir() if path.is_file() and not path.name.startswith("."))
-        if entry.script_url:
-            paths = [path for path in paths if is_readable(path)]
+        paths = sorted(path for path in target.iterdir() if not path.name.startswith((".", "__pycache__")))
+        if entry.script_url:  # a script of the reference's layout may lie beside its data; it is not run
+            paths = [path for path in paths if path.is_dir() or is_readable(path)]
+        if folders := [path.name for path in paths if path.is_dir()]:
+            raise InputError(
+                f"dataset {name!r}: {target} holds the folder {folders[0]!r}, and only its own files would be read"
+            )
     else:
         paths = [target] if target.exists() else []
     if not paths:
@@ -95,7 +97,10 @@ def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] 
                 f"dataset {name!r}: no data files in {target}. Loading scripts are not run; converted here are "
                 f"{', '.join(SCRIPTS)}. Put the files of another one into that folder and name their columns or format"
             )
-        raise InputError(f"dataset {name!r}: {target} does not exist")
+        state = "is an empty folder" if target.is_dir() else "does not exist"
+        raise InputError(f"dataset {name!r}: {target} {state}")
+    if closed := [path for path in paths if not os.access(path, os.R_OK)]:
+        raise InputError(f"dataset {name!r}: {closed[0]} cannot be read: permission denied")
     _check_names(name, target, paths)
     return paths
 
@@ -162,13 +167,16 @@ def _download(name: str, entry: Entry, target: Path) -> None:
     """Fill the folder `target` from the network."""
     try:
         if entry.url:
-            for url in [entry.url] if isinstance(entry.url, str) else entry.url:
-                file_name = entry.file_name if entry.file_name and isinstance(entry.url, str) else None
-                _download_url(url, target / (file_name or PurePosixPath(url.partition("?")[0]).name))
+            urls = [entry.url] if isinstance(entry.url, str) else entry.url
+            own = entry.file_name if isinstance(entry.url, str) else None
+            paths = [target / PurePosixPath(own or url.partition("?")[0]).name for url in urls]
+            _check_names(name, target, paths)
+            for url, path in zip(urls, paths, strict=True):
+                _download_url(url, path)
         elif entry.script_url:
             script = SCRIPTS[PurePosixPath(entry.script_url).name]
             if entry.split not in script.splits:
-                raise InputError(f"split {entry.split!r} is not one of {', '.join(script.splits)}")
+                raise InputError(f"dataset {name!r}: split {entry.split!r} is not one of {', '.join(script.splits)}")
             _download_hub_files(script.repository, script.splits[entry.split], entry.revision, target)
         elif entry.files:
             _download_hub_files(str(entry.hf_hub_url), entry.files, entry.revision, target)
@@ -177,8 +185,11 @@ def _download(name: str, entry: Entry, target: Path) -> None:
 
             rows = load_dataset(entry.hf_hub_url, entry.subset, split=entry.split, revision=entry.revision)
             rows.to_json(target / "rows.jsonl", lines=True, force_ascii=False)
+    except InputError:
+        raise
     except Exception as error:  # the hub's and the network's faults have many classes and no common one
-        raise InputError(f"dataset {name!r}: cannot be downloaded: {type(error).__name__}: {error}") from error
+        message = " ".join(str(error).split())
+        raise InputError(f"dataset {name!r}: cannot be downloaded: {type(error).__name__}: {message}") from error
     _check_names(name, target, sorted(target.iterdir()))
 
 
@@ -192,8 +203,11 @@ def _download_hub_files(repository: str, files: list[str], revision: str | None,
 
 def _download_url(url: str, path: Path) -> None:
     import requests
+    from requests.adapters import HTTPAdapter, Retry
 
-    with requests.get(url, stream=True, timeout=60) as response:
+    with requests.Session() as session:
+        session.mount("http", HTTPAdapter(max_retries=Retry(3, backoff_factor=1, status_forcelist=(502, 503, 504))))
+        response = session.get(url, stream=True, timeout=60)
         response.raise_for_status()
         with open(path, "wb") as file:
             for block in response.iter_content(1 << 20):

@@ -14,7 +14,7 @@ import pytest
 from glm.data import readers
 from glm.data.contract import UnusableError, validate
 from glm.data.converters import CONVERTERS
-from glm.data.formats import Read, read_rows
+from glm.data.raw_rows import Read, read_rows
 from glm.data.readers import read_file
 from glm.data.registry import Entry
 from glm.data.rows import Use
@@ -77,6 +77,31 @@ FORMATS: list[tuple[Use, dict[str, Any], dict[str, Any]]] = [
     ),
     ("sft", {"instruction": "q", "output": ["best", "worst"]}, {"messages": [*USER, ("assistant", "best")]}),
     ("sft", {"prompt": "q", "completion": "a", "label": True}, {"messages": ANSWER}),
+    (
+        "sft",
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "system": "s",
+            "tools": "[]",
+        },
+        {"messages": [("system", "s"), *ANSWER]},
+    ),
+    (
+        "sft",
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        {"messages": [("system", "s"), *ANSWER]},
+    ),
+    (
+        "sft",
+        {"messages": None, "prompt": "q", "completion": "a", "chosen": None, "rejected": None},
+        {"messages": ANSWER},
+    ),
     ("reward", {"instruction": "q", "output": ["1", "2", "3"]}, {"prompt": USER, "answers": ["1", "2", "3"]}),
     ("reward", {"prompt": "q", "completion": ["1", "2"]}, PAIR),
     ("reward", {"prompt": "q", "chosen": "1", "rejected": "2"}, PAIR),
@@ -122,6 +147,7 @@ FORMATS: list[tuple[Use, dict[str, Any], dict[str, Any]]] = [
     ("ppo", {"prompt": "q"}, {"prompt": USER, "answer": None}),
     ("ppo", {"text": "q"}, {"prompt": USER, "answer": None}),
     ("ppo", {"messages": [{"role": "user", "content": "q"}]}, {"prompt": USER, "answer": None}),
+    ("ppo", {"prompt": "q", "completion": "a", "label": False}, {"prompt": USER, "answer": None}),
     ("kto", {"prompt": "q", "completion": "a", "label": False}, {"prompt": USER, "answer": "a", "label": False}),
     ("kto", {"instruction": "q", "output": "a", "label": 1}, {"prompt": USER, "answer": "a", "label": True}),
     ("text", {"text": "words"}, {"text": "words"}),
@@ -138,11 +164,19 @@ def test_formats(tmp_path: Path, use: Use, raw: dict[str, Any], expected: dict[s
 
 UNFIT: list[tuple[Use, Any, str]] = [
     ("sft", "text", "row is str, not an object"),
-    ("sft", {"instruction": "q"}, "no answer"),
+    ("sft", None, "row is null, not an object"),
+    ("sft", {"instruction": "q", "output": None}, "no answer"),
+    ("sft", {"instruction": "q", "response": "a"}, "no answer: no column 'output' among 'instruction', 'response'"),
+    ("sft", {"prompt": "q"}, "no answer: no column 'completion' among 'prompt'"),
+    (
+        "sft",
+        {"data": []},
+        "no column 'instruction' or 'input' or 'prompt' or 'messages' or 'conversations' among 'data'",
+    ),
     ("sft", {"instruction": " ", "output": "a"}, "empty question"),
     ("sft", {"instruction": "q", "output": "\n"}, "empty answer"),
     ("sft", {"instruction": 3, "output": "a"}, "instruction is int, not text"),
-    ("sft", {"instruction": "q", "output": {"a": 1}}, "response is dict, not text"),
+    ("sft", {"instruction": "q", "output": {"a": 1}}, "output is dict, not text"),
     (
         "sft",
         {"instruction": "q", "output": "a", "history": [["one"]]},
@@ -152,7 +186,14 @@ UNFIT: list[tuple[Use, Any, str]] = [
     ("sft", {"messages": []}, "no question before the answer"),
     ("sft", {"messages": [{"role": "assistant", "content": "a"}]}, "no question before the answer"),
     ("sft", {"messages": [{"role": r, "content": "x"} for r in ("user", "user", "assistant")]}, "do not alternate"),
-    ("sft", {"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
+    (
+        "sft",
+        {"messages": [{"role": "wizard" * 99, "content": "x"}]},
+        "unknown role 'wizardwizardwizardwi'; known: system",
+    ),
+    ("sft", {"messages": [{"role": ["user"], "content": "x"}]}, "role is list, not text"),
+    ("sft", {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight 0"),
+    ("sft", {"conversations": [{"from": "human", "value": "x"}], "tools": '[{"name": "f"}]'}, "offers tools"),
     ("sft", {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "1"}]}, "calls tools"),
     (
         "sft",
@@ -162,6 +203,11 @@ UNFIT: list[tuple[Use, Any, str]] = [
     ("sft", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "something else than text"),
     ("sft", {"instruction": "q", "output": "\ud800"}, "not valid Unicode"),
     ("sft", {"prompt": "q", "completion": "a", "label": False}, "labelled bad"),
+    (
+        "reward",
+        {"prompt": "q", "chosen": "a", "rejected": None},
+        "no ranked answers among 'chosen', 'prompt', 'rejected'",
+    ),
     ("reward", {"instruction": "q", "output": "a"}, "fewer than two ranked answers"),
     ("reward", {"instruction": "q", "output": ["a"]}, "fewer than two ranked answers"),
     ("reward", {"instruction": "q", "output": ["a", "a"]}, "ranked answers are equal"),
@@ -177,6 +223,7 @@ UNFIT: list[tuple[Use, Any, str]] = [
     ("kto", {"prompt": "q", "completion": "a"}, "no label"),
     ("kto", {"prompt": "q", "completion": "a", "label": "good"}, "label is neither true nor false"),
     ("text", {"text": ""}, "empty text"),
+    ("text", {"words": "x"}, "no text: no column 'text' among 'words'"),
 ]
 
 
@@ -194,6 +241,26 @@ def test_columns_follow_the_reference_s_rule(tmp_path: Path) -> None:
     [found] = read(tmp_path, [raw], "sft", columns=columns)
     assert found.row is not None
     assert said(found.row) == {"messages": [("user", "c"), ("assistant", "s")]}
+
+
+def test_columns_of_a_pair_that_brings_its_prompt_along(tmp_path: Path) -> None:
+    raw = {
+        name: [{"role": "user", "content": "q"}, {"role": "assistant", "content": name}] for name in ("better", "worse")
+    }
+    [found] = read(tmp_path, [raw], "reward", columns={"chosen": "better", "rejected": "worse"})
+    assert found.row is not None
+    assert said(found.row) == {"prompt": USER, "answers": ["better", "worse"]}
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    """It may be missing in some rows: in JSON an optional field is often left out."""
+    rows = [{"q": "1", "a": "2"}, {"q": "1", "a": "3", "before": [["x", "y"]]}]
+    columns = {"prompt": "q", "response": "a", "history": "before"}
+    assert all(found.row for found in read(tmp_path, rows, "sft", columns=columns))
+    with pytest.raises(
+        InputError, match=r"'mine': its columns .* name 'befor', which no row has; rows have 'a', 'before'"
+    ):
+        read(tmp_path, rows, "sft", columns=columns | {"history": "befor"})
 
 
 def test_the_contract_refuses_what_no_format_makes() -> None:
@@ -307,16 +374,36 @@ def test_a_json_list_is_read_alike_in_blocks_of_any_size(
         assert raw.line is not None and lines[raw.line - 1].strip().rstrip(",") in ("{", '"text"', "12345", "[]", "{}")
 
 
+EMPTY = [
+    ("a.json", b""),
+    ("a.json", b"\xef\xbb\xbf \n"),
+    ("a.json", b"[ ]"),
+    ("a.jsonl.gz", gzip.compress(b"")),
+    ("a.csv", b"a,b\r\n"),
+]
 BROKEN = [
     ("a.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 3}\n', [None, (3, "not valid JSON"), None]),
-    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', [None, (2, "not UTF-8")]),
+    ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n{"a": "\xff"}\r\n', [None, (2, "not UTF-8")]),
+    ("a.jsonl", b'{"a": %s}\n{"a": 1}' % (b"1" * 5000), [(1, "not valid JSON"), None]),
+    ("a.jsonl", b'{"a": ' + b"[" * 99999 + b"\n1", [(1, "nested too deeply"), None]),
+    ("a.json", b'[{"a": %s}, 1]' % (b"1" * 5000), [(1, "the rest of the file is not read")]),
+    ("a.json", b'[{"a": 1}]\n\n[{"a": 2}]', [None, (3, "the list has ended, but '[' follows")]),
+    ("a.jsonl", b'[{"a": 1},\n{"a": 2}]\n', [None, None]),
+    ("a.json", '{"a": "字"}\n'.encode("utf-16"), [(None, "UTF-16 text: convert it to UTF-8")]),
+    ("a.csv", "a,b\n1,2\n".encode("utf-16-be").replace(b"\0a", b"\xfe\xff\0a", 1), [(None, "UTF-16 text")]),
+    ("a.jsonl", gzip.compress(b'{"a": 1}'), [(None, "gzip data: its name must end in .gz")]),
+    ("a.csv", b"PAR1", [(None, "not a .csv file but Parquet data")]),
+    ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", [(None, "`git lfs pull`")]),
+    *((name, content, [(None, "the file holds no rows")]) for name, content in EMPTY),
+    ("a.csv", b"a,b,a\n1,2,3\n", [(1, "names 'a' twice")]),
+    ("a.csv", b"\na,b\n\n1,2\n\n1\n", [None, (6, "1 fields, the header has 2")]),
     ("a.json", b'[\n {"a": 1},\n {"a" 2}\n]', [None, (3, "not valid JSON")]),
     ("a.json", b'[\n {"a": 1},\n {"a": "2', [None, (3, "not valid JSON")]),
     ("a.json", b'[{"a": 1}\n {"a": 2}]', [None, (2, "expected , or ]")]),
     ("a.json", b'[{"a": 1},\n', [None, (2, "not valid JSON")]),
     ("a.json", b'[{"a": 1},\n {"a": "\xff\xfe"},\n{"a": 3}]', [None, (2, "not UTF-8"), None]),
     ("a.csv", b"a,b\n1,2\n1,\xff\n3,4\n", [None, (3, "not UTF-8"), None]),
-    ("a.csv", b"a,b\n1,2\n1,2,3\n1\n", [None, (3, "more fields"), (4, "fewer fields")]),
+    ("a.csv", b"a,b\n1,2\n1,2,3\n1\n", [None, (3, "3 fields, the header has 2"), (4, "1 fields")]),
     ("a.csv", b'a,b\n"1\n1",2\n"3,4\n', [None, (4, "not valid CSV")]),
     ("a.parquet", b"PAR1 is not enough", [(None, "not valid Parquet")]),
     ("a.jsonl.gz", b"not gzip", [(None, "cannot be read")]),
@@ -347,6 +434,22 @@ def test_an_unclosed_quote_does_not_pull_in_the_whole_file(tmp_path: Path, monke
     assert not good.fault and bad.line == 2 and "Unterminated string" in bad.fault
 
 
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LONGEST_ROW", 100)
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": "' + "y" * 5000)
+    good, bad = read_file(tmp_path / "a.jsonl")
+    assert not good.fault and bad.line == 2 and "longer than 100 bytes; the rest of the file is not read" in bad.fault
+
+
+def test_all_members_of_a_compressed_file_are_read(tmp_path: Path) -> None:
+    """As `cat a.gz b.gz` and block-wise compressors write them."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
+    frames = [pyarrow.compress(b'{"a": %d}\n' % at, codec="zstd", asbytes=True) for at in (1, 2)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        assert [raw.value for raw in read_file(tmp_path / name)] == [{"a": 1}, {"a": 2}]
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.xls").write_text("")
     with pytest.raises(InputError, match=r"a\.xls: rows are read from"):
@@ -361,6 +464,11 @@ def test_lists_in_csv_cells(tmp_path: Path, spell: Any) -> None:
     entry = Entry(file_name="a.csv")
     [ranking] = read_rows("mine", entry, tmp_path, "reward")
     assert ranking.row is not None and ranking.row["answers"] == ["1", "2"] and len(ranking.row["prompt"]) == 3
+    own = {"prompt": "question", "response": "answers", "history": "before"}
+    write(tmp_path / "a.csv", [{"question": "q", "answers": spell(["1", "2"]), "before": spell([["a", "b"]])}])
+    [named] = read_rows("mine", Entry(file_name="a.csv", columns=own), tmp_path, "reward")
+    assert named.row is not None and named.row == ranking.row
+    write(tmp_path / "a.csv", rows)
     [dialogue] = read_rows("mine", entry, tmp_path, "sft")  # there an answer that looks like a list is a text
     assert dialogue.row is not None and dialogue.row["messages"][-1]["content"] == spell(["1", "2"])
 

