@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from glm.config import Data
-from glm.files import file_hash, replace_folder, write_json
+from glm.data import packing
+from glm.data.packing import PackedRows
+from glm.files import file_hash, replace_folder, write_json, write_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -58,8 +60,9 @@ class TokenizedRows(Sequence[Example]):
     To a trainer it is a list of dicts; a column of token ids is a list of ints. See `glm.data.encode.encode_row`.
     """
 
-    def __init__(self, dataset: "Dataset", summary: dict[str, int]) -> None:
+    def __init__(self, dataset: "Dataset", summary: dict[str, int], folder: Path) -> None:
         self.dataset = dataset
+        self.folder = folder
         self.truncated = summary["truncated"]
         """Rows that were cut."""
         self.tokens = summary["tokens"]
@@ -80,6 +83,26 @@ class TokenizedRows(Sequence[Example]):
     def __getitems__(self, indices: list[int]) -> list[Example]:
         """Several rows at once, as a DataLoader asks for them."""
         return self.dataset.__getitems__(indices) if indices else []
+
+    def lengths(self) -> list[list[int]]:
+        """Token ids of every sequence of every row (one, or all of a ranking), without reading the ids."""
+        table = self.dataset.data
+        found: list[list[int]] = []
+        for chunk in table.column("sequences").chunks if "sequences" in table.column_names else ():
+            flat = iter(_lengths(chunk.flatten()))
+            found += [list(islice(flat, count)) for count in _lengths(chunk)]
+        for chunk in table.column("input_ids").chunks if "input_ids" in table.column_names else ():
+            found += [[length] for length in _lengths(chunk)]
+        return found
+
+    def packed(self, capacity: int, seed: int) -> PackedRows:
+        """All rows side by side in rows of `capacity` tokens (glm.data.packing), worked out once for each set."""
+        asked = {"capacity": capacity, "seed": seed, "code": file_hash(Path(packing.__file__), "sha256")}
+        path = self.folder / f"packed-{_digest(json.dumps(asked, sort_keys=True))}.json"
+        if not path.exists():
+            rows = packing.pack([sum(each) for each in self.lengths()], capacity, seed)
+            write_text(path, json.dumps({**asked, "rows": rows}))
+        return PackedRows(self, json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
 def tokenize(
@@ -118,7 +141,7 @@ def read(folder: Path) -> TokenizedRows:
     from datasets import Dataset
 
     summary = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return TokenizedRows(Dataset.from_file(str(folder / "data.arrow")), summary)
+    return TokenizedRows(Dataset.from_file(str(folder / "data.arrow")), summary, folder)
 
 
 def cache_key(path: str | Path, tokenizer: "PreTrainedTokenizerBase", params: Data) -> tuple[str, dict[str, Any]]:
@@ -258,6 +281,11 @@ def _chunks(source: Path) -> Iterator[list[str]]:
 def _count_lines(path: Path) -> int:
     with open(path, "rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _lengths(lists: Any) -> list[int]:
+    """Of an Arrow array of lists."""
+    return lists.value_lengths().to_pylist()
 
 
 def _token_count(batch: "pyarrow.RecordBatch") -> int:

@@ -5,16 +5,16 @@ transformers' flash attention takes) tell the attention where they begin, see `g
 a step is a sum over its rows divided by the step's items, so that how examples fall into rows changes nothing.
 
 Left out: packing across steps (a step's examples are packed among themselves, or with `tokens_per_step` the whole
-data set is packed once), splitting an example over two rows.
+data set is packed once, by glm.data.packing), splitting an example over two rows.
 """
 
-import random
-from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+from glm.data.packing import best_fit
 
 Item = TypeVar("Item")
 
@@ -34,37 +34,10 @@ class Packing:
     max_length: int
 
 
-def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `sizes` in bins of `capacity`: each goes, in its turn, where it leaves the least room.
-
-    With `sizes` in decreasing order this is best-fit decreasing, which needs at most 11/9 of the least number of bins
-    (Johnson et al. 1974, as first-fit decreasing). A size above `capacity` gets a bin of its own.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for index, size in enumerate(sizes):
-        at = bisect_left(rooms, (size, -1))
-        if at == len(rooms):
-            bins.append([])
-            room, chosen = capacity, len(bins) - 1
-        else:
-            room, chosen = rooms.pop(at)
-        bins[chosen].append(index)
-        insort(rooms, (room - size, chosen))
-    return bins
-
-
 def pack_step(items: list[Item], size: Callable[[Item], int], capacity: int) -> list[list[Item]]:
     """The items of one step in as few rows as best-fit decreasing finds."""
     ordered = sorted(items, key=size, reverse=True)
     return [[ordered[index] for index in row] for row in best_fit([size(item) for item in ordered], capacity)]
-
-
-def pack_dataset(items: list[Item], size: Callable[[Item], int], capacity: int, seed: int) -> list[list[Item]]:
-    """All items in rows. They come in random order, so that a row is a fair sample and not sorted by length."""
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    return [[shuffled[index] for index in row] for row in best_fit([size(item) for item in shuffled], capacity)]
 
 
 def step_rows(
@@ -72,7 +45,7 @@ def step_rows(
 ) -> list[list[Any]]:
     """A step's examples as the rows that are computed one after the other: packed, or `micro_batch_size` to a row.
 
-    A step that holds lists already comes from `pack_dataset` and is taken as it is.
+    A step that holds lists already comes from `PackedRows` and is taken as it is.
     """
     if packing is None:
         return [step[at : at + micro_batch_size] for at in range(0, len(step), micro_batch_size)]

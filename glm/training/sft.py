@@ -45,7 +45,7 @@ class SftLoss(nn.Module):
 class SftCollator:
     """Examples of `input_ids` and `labels` → the micro-batches of a step, packed or padded, and its label tokens.
 
-    Packed, it also takes rows, lists of examples that `pack_dataset` put together.
+    Packed, it also takes rows, lists of examples that `glm.data.packing` put together.
     """
 
     def __init__(self, pad_id: int, packing: Packing | None, micro_batch_size: int) -> None:

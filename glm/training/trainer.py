@@ -17,11 +17,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from glm.config import Training
+from glm.data.cache import TokenizedRows
+from glm.data.packing import PackedRows, pack
 from glm.errors import InputError
 from glm.models.adapters import trainable_count
 from glm.models.packed_attention import why_not_packed
 from glm.training.layers import Checkpointing, choose_checkpointing
-from glm.training.packing import Packing, pack_dataset
+from glm.training.packing import Packing
 
 Log = Callable[[int, dict[str, float]], None]  # (optimizer step, values)
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -55,7 +57,11 @@ def plan(
     """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice."""
     base = model.get_base_model()
     on_gpu = base.device.type == "cuda"
-    lengths = [len(sequence) for example in examples for sequence in sequences(example)]
+    if isinstance(examples, TokenizedRows):
+        by_example = examples.lengths()
+    else:
+        by_example = [[len(sequence) for sequence in sequences(example)] for example in examples]
+    lengths = [length for each in by_example for length in each]
     step_size = params.per_device_train_batch_size * params.gradient_accumulation_steps
     run_tokens = sum(lengths) * params.num_train_epochs
     if params.max_steps > 0:
@@ -72,12 +78,15 @@ def plan(
     packing = None
     if obstacle is None:
         row = min(params.tokens_per_forward, params.tokens_per_step or params.tokens_per_forward)
-        per_step = step_size * max(len(sequences(example)) for example in examples)
+        per_step = step_size * max(map(len, by_example))
         most = min(per_step, row // min(lengths))
         if params.tokens_per_step:
-            train_set = pack_dataset(list(examples), lambda example: sum(map(len, sequences(example))), row, seed)
+            if isinstance(examples, TokenizedRows):
+                train_set = examples.packed(row, seed)
+            else:
+                train_set = PackedRows(examples, pack([sum(each) for each in by_example], row, seed))
             step_size = params.tokens_per_step // row
-            most = max(sum(len(sequences(example)) for example in filled) for filled in train_set)
+            most = max(sum(len(by_example[index]) for index in filled) for filled in train_set.rows)
         packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
         tokens = max(row, max(lengths))
     else:
@@ -233,7 +242,7 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     unit = "examples"
     if plan.packing is None:
         layout = f"padded ({obstacle})"
-    elif plan.train_set and isinstance(plan.train_set[0], list):
+    elif isinstance(plan.train_set, PackedRows):
         unit = "rows"
         fill = 100 * tokens / len(plan.train_set) / plan.packing.tokens_per_row
         layout = f"packed, {len(plan.train_set)} rows of {plan.packing.tokens_per_row} tokens, {fill:.1f} % filled"

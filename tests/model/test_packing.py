@@ -19,7 +19,7 @@ from glm.training import loss as loss_module
 from glm.training import reward, sft
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
 from glm.training.loss import cross_entropy_sum, label_positions
-from glm.training.packing import Packing, best_fit, pack_dataset, pack_step, packed_row
+from glm.training.packing import Packing, pack_step, packed_row
 from glm.training.reward import RankingCollator, RewardLoss, RewardModel
 from glm.training.sft import SftCollator, SftLoss
 from glm.training.trainer import plan
@@ -214,25 +214,7 @@ def test_a_checkpointed_nf4_layer_keeps_its_input_alone(compiled: bool, monkeypa
     assert kept("full") < 0.5 * kept("none")
 
 
-def alpaca_lengths(count: int) -> list[int]:
-    rng = random.Random(0)
-    return [int(min(1024, max(24, rng.lognormvariate(5.07, 0.7)))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("capacity", [2048, 4096])
-def test_rows_are_full(capacity: int) -> None:
-    lengths = alpaca_lengths(2000)
-    rows = pack_dataset(lengths, lambda length: length, capacity, seed=0)
-    assert sorted(length for row in rows for length in row) == sorted(lengths)
-    assert max(map(sum, rows)) <= capacity
-    assert sum(lengths) / (len(rows) * capacity) >= 0.97
-    assert max(map(len, rows)) < 3 * len(lengths) / len(rows)  # a fair sample each, not sorted by length
-    assert rows == pack_dataset(lengths, lambda length: length, capacity, seed=0)
-
-
-def test_best_fit() -> None:
-    assert best_fit([6, 4, 3, 3, 2, 2], 10) == [[0, 1], [2, 3, 4, 5]]
-    assert best_fit([12, 5, 5], 10) == [[0], [1, 2]]  # too long for any row: one of its own
+def test_a_step_is_packed_in_decreasing_order() -> None:
     assert pack_step([1, 9, 8, 2], lambda size: size, 10) == [[9, 1], [8, 2]]
 
 
