@@ -11,7 +11,7 @@ from glm.errors import InputError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The RLHF pipeline's own commands.")
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at datasets without training on them.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and clear the cache of tokenised ones.")
 app.add_typer(data_app, name="data")
 
 
@@ -23,6 +23,18 @@ def data_check(context: typer.Context) -> None:
     from glm.data.check import main as check_data
 
     raise typer.Exit(check_data(context.args))
+
+
+@data_app.command("clean")
+def data_clean(
+    days: Annotated[float, typer.Option(min=0, help="remove what was not used for so many days; 0 removes all")] = 30,
+) -> None:
+    """Remove tokenised sets from the cache; the next run that wants one makes it again."""
+    from glm.data.cache import clean
+    from tasks.tokenized import cache_folder
+
+    removed = clean(cache_folder(), days)
+    typer.echo(f"{len(removed)} sets removed from {cache_folder()}, {sum(removed.values()) / 1e6:,.1f} MB")
 
 
 @app.command()

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 ROWS = "prepared/rows"
 
 
+def cache_folder() -> Path:
+    """Where tokenised sets are kept."""
+    return main_checkout() / ".cache" / "tokenized"
+
+
 def tokenized(stage: Stage, tokenizer: "PreTrainedTokenizerBase", use: "Use", split: str) -> "TokenizedRows":
     """The rows of one split as token ids; recorded as an input of the stage's run."""
     from glm.data.cache import tokenize
 
     path = Path(ROWS, use, f"{split}.jsonl")
-    rows = tokenize(
-        path, tokenizer, stage.params.data, main_checkout() / ".cache" / "tokenized", progress=stage.progress
-    )
+    rows = tokenize(path, tokenizer, stage.params.data, cache_folder(), progress=stage.progress)
     stage.log_dataset(use, path, split=split, rows=len(rows))
     return rows

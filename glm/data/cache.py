@@ -4,23 +4,19 @@ A set is an Arrow dataset in a folder named by the hash of all that its token id
 path, a time): a fresh clone finds it and an edited row does not. It is written beside its place and renamed, and a
 kernel lock makes two runs that want the same set do the work once.
 
-Left out: clearing old sets. Removing the folder, or any set in it, is always safe.
+A new set clears away those that were not used for KEEP_DAYS; `glmflow data clean` does it at once. Removing the folder,
+or any set in it, is always safe.
 """
 
-import ctypes
 import fcntl
-import gc
 import hashlib
 import importlib
 import json
-import multiprocessing
+import logging
 import os
 import shutil
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
@@ -29,29 +25,27 @@ from typing import TYPE_CHECKING, Any, overload
 
 from glm.config import Data
 from glm.data import packing
+from glm.data.encode_file import Example, Progress, encode_file
 from glm.data.packing import PackedRows
 from glm.files import file_hash, replace_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[int, int, str], None]
-Example = dict[str, Any]
 
 ENCODED_BY = (  # their source is part of the key
     "glm.data.batch_encode",
     "glm.data.cache",
     "glm.data.encode",
+    "glm.data.encode_file",
     "glm.data.rows",
     "glm.models.chat_encoding",
 )
 LIBRARIES = ("sentencepiece", "tokenizers", "transformers")
 LIMITS = ("max_source_length", "max_target_length", "source_prefix")
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: a worker does not outlive a parent that is killed
-CHUNK = 1000  # rows that a process takes at a time
-ROWS_PER_PROCESS = 5000  # fewer rows are not worth a process
+KEEP_DAYS = 30  # since its last use
+
+logger = logging.getLogger(__name__)
 
 
 class TokenizedRows(Sequence[Example]):
@@ -127,13 +121,37 @@ def tokenize(
     key, parts = cache_key(path, tokenizer, params)
     target = Path(folder) / key
     with _lock(Path(folder) / f"{key}.lock", progress):
-        if not target.exists():
+        is_new = not (target / "meta.json").exists()
+        if is_new:
             for left in target.parent.glob(f".{key}.*"):  # by a run that was killed
                 shutil.rmtree(left)
             with replace_folder(target) as written:
-                rows = _encode_file(Path(path), written / "data.arrow", tokenizer, params, processes, progress)
+                rows = encode_file(Path(path), written / "data.arrow", tokenizer, params, processes, progress)
                 write_json(written / "meta.json", {"key": parts, **rows})
-    return read(target)
+        os.utime(target)  # says when it was last used
+        found = read(target)
+    if is_new and (removed := clean(folder)):
+        logger.info("removed %d tokenised sets that were not used for %d days", len(removed), KEEP_DAYS)
+    return found
+
+
+def clean(folder: str | Path = ".cache/tokenized", days: float = KEEP_DAYS) -> dict[str, int]:
+    """Remove the sets that were not used for so many days, and what killed runs left; return their bytes by name.
+
+    A set that a run is writing or opening is left alone. One that is open stays readable for the run that has it.
+    """
+    removed = {}
+    for path in sorted(entry for entry in Path(folder).glob("*") if entry.is_dir()):
+        key = path.name.split(".")[1] if path.name.startswith(".") else path.name
+        with open(Path(folder) / f"{key}.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if path.is_dir() and (path.name != key or path.stat().st_mtime <= time.time() - days * 86400):
+                removed[path.name] = sum(part.stat().st_size for part in path.iterdir())
+                shutil.rmtree(path)
+    return removed
 
 
 def read(folder: Path) -> TokenizedRows:
@@ -176,122 +194,9 @@ def _code_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _digest("".join(file_hash(file, "sha256") for file in files))
 
 
-def _encode_file(
-    source: Path,
-    target: Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    params: Data,
-    processes: int | None,
-    progress: Progress,
-) -> dict[str, int]:
-    """Encode a file of rows to an Arrow file; return how many rows, tokens and cut rows."""
-    import pyarrow
-
-    total = _count_lines(source)
-    if processes is None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = max(1, min(cpus, total // ROWS_PER_PROCESS))
-    summary = {"rows": 0, "tokens": 0, "truncated": 0}
-    writer = None
-    text = f"tokenizing {source.parent.name}/{source.name}"
-    progress(0, total, text)
-    for batch in _encoded(source, tokenizer, params, processes):
-        writer = writer or pyarrow.ipc.new_stream(str(target), batch.schema)
-        writer.write_batch(batch)
-        summary["rows"] += batch.num_rows
-        summary["tokens"] += _token_count(batch)
-        summary["truncated"] += batch.column("truncated").true_count
-        progress(summary["rows"], total, text)
-    if writer is None:
-        writer = pyarrow.ipc.new_stream(str(target), pyarrow.schema([("truncated", pyarrow.bool_())]))
-    writer.close()
-    return summary
-
-
-def _encoded(
-    source: Path, tokenizer: "PreTrainedTokenizerBase", params: Data, processes: int
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Batches of the file in order; at most two chunks a process are under way, so that memory stays bounded."""
-    if processes == 1:
-        from glm.data.batch_encode import RowEncoder
-
-        encoder = RowEncoder(tokenizer, params)
-        for lines in _chunks(source):
-            yield to_batch(encoder([json.loads(line) for line in lines]))
-        return
-    # Forked as a DataLoader's workers are: a fresh interpreter would import transformers again, for longer than a
-    # hundred thousand rows take. The children never touch the GPU that the parent may hold.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, params, os.getpid())) as pool:
-        waiting: deque[Future[pyarrow.RecordBatch]] = deque()
-        try:
-            for lines in _chunks(source):
-                waiting.append(pool.submit(_work, lines))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def to_batch(examples: list[Example]) -> "pyarrow.RecordBatch":
-    """Encoded rows as Arrow columns: lists of int32, and booleans."""
-    import pyarrow
-
-    ids = pyarrow.list_(pyarrow.int32())
-    types = {"input_ids": ids, "labels": ids, "sequences": pyarrow.list_(ids)}
-    return pyarrow.RecordBatch.from_pydict(
-        {
-            name: pyarrow.array([example[name] for example in examples], types.get(name, pyarrow.bool_()))
-            for name in examples[0]
-        }
-    )
-
-
-_encoder: Any = None  # of a worker process
-
-
-def _start_worker(tokenizer: "PreTrainedTokenizerBase", params: Data, parent: int) -> None:
-    from glm.data.batch_encode import RowEncoder
-
-    global _encoder
-    _encoder = RowEncoder(tokenizer, params)
-    gc.freeze()  # encoding makes many lists and no cycles: looking for them takes a third of the time
-    gc.disable()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handlers are not for the children
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-
-def _work(lines: list[str]) -> "pyarrow.RecordBatch":
-    return to_batch(_encoder([json.loads(line) for line in lines]))
-
-
-def _chunks(source: Path) -> Iterator[list[str]]:
-    with open(source, encoding="utf-8", newline="\n") as file:
-        while lines := list(islice(file, CHUNK)):
-            yield lines
-
-
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
 def _lengths(lists: Any) -> list[int]:
     """Of an Arrow array of lists."""
     return lists.value_lengths().to_pylist()
-
-
-def _token_count(batch: "pyarrow.RecordBatch") -> int:
-    if "sequences" in batch.schema.names:
-        return len(batch.column("sequences").flatten().flatten())
-    return len(batch.column("input_ids").flatten())
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The cache of tokenised rows: equal to encoding row by row, found by content alone, whole or not at all."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from glm.config import Data
-from glm.data import cache
+from glm.data import cache, encode_file
 from glm.data.batch_encode import RowEncoder
 from glm.data.cache import cache_key, tokenize
 from glm.data.encode import IGNORED, MARGIN, encode_row
@@ -141,7 +143,7 @@ def test_the_other_uses(tmp_path: Path, use: str) -> None:
 def test_several_processes_write_the_same_bytes(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "CHUNK", 7)
+    monkeypatch.setattr(encode_file, "CHUNK", 7)
     tokenizer = tokenizer_of("chatglm2")
     key, _ = cache_key(rows_file, tokenizer, Data())
     for processes in (1, 2):
@@ -236,3 +238,24 @@ def test_two_runs_at_once_do_the_work_once(rows_file: Path, tmp_path: Path) -> N
         run.join(60)
         assert run.exitcode == 0
     assert len(list((tmp_path / "cache").glob("worked-*"))) == 1
+
+
+def test_old_sets_are_removed_unless_a_run_is_at_them(rows_file: Path, tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "cache", tokenizer_of("chatglm2")
+    old, locked, used = (
+        tokenize(rows_file, tokenizer, Data(max_source_length=length), folder).folder for length in (300, 310, 320)
+    )
+    (folder / f".{old.name}.killed").mkdir()
+    long_ago = time.time() - 31 * 86400
+    for path in (old, locked, used):
+        os.utime(path, (long_ago, long_ago))
+    tokenize(rows_file, tokenizer, Data(max_source_length=320), folder)  # found again: that is a use
+    with open(folder / f"{locked.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_rows = cache.read(old)
+        new = tokenize(rows_file, tokenizer, Data(max_source_length=330), folder).folder
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {locked.name, used.name, new.name}
+    assert len(list(open_rows)) == 60  # the run that has it goes on
+    assert cache.clean(folder).keys() == {locked.name}
+    assert cache.clean(folder, days=0).keys() == {used.name, new.name}
+    assert len(tokenize(rows_file, tokenizer, Data(max_source_length=320), folder)) == 60
