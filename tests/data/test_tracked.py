@@ -66,3 +66,17 @@ def test_what_is_not_tracked_is_left_alone(repo: Repo) -> None:
     Path("data/other.json").write_text(ROWS)
     check_tracked("mine", Path("data"), "other.json")
     check_tracked("mine", Path("data"), "nowhere.json")
+
+
+def test_what_did_not_change_is_not_read_again(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file_name in ("rows.json", "parts"):
+        check_tracked("mine", Path("data"), file_name)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.inputs.content_hash", None)
+        for file_name in ("rows.json", "parts/a.json"):
+            check_tracked("mine", Path("data"), file_name)
+    altered = Path("data/parts/a.json")
+    altered.chmod(0o644)
+    altered.write_text(ROWS.replace("q", "p"))  # of the same size
+    with pytest.raises(InputError, match="data/parts was altered"):
+        check_tracked("mine", Path("data"), "parts/a.json")
