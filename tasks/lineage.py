@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,15 +30,20 @@ class StageEntry:
 
 
 def stage_entry(step: str, path: str | Path = "dvc.yaml") -> StageEntry:
-    """Read one stage of dvc.yaml.
+    """Read one stage of dvc.yaml; like DVC, put values of the params.yaml beside it in the place of ${their.names}.
 
     Raises:
         InputError: there is no such file, or no such stage in it.
     """
+    yaml = YAML(typ="safe", pure=True)
     try:
-        stages = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))["stages"]
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; start a step in the project's root") from None
+    if "${" in text:
+        values = flatten(yaml.load(Path(path).with_name("params.yaml").read_text(encoding="utf-8")))
+        text = re.sub(r"\$\{([\w.]+)\}", lambda found: str(values[found[1]]), text)
+    stages = yaml.load(text)["stages"]
     if step not in stages:
         raise InputError(f"{path}: no stage {step!r}; it has {', '.join(stages)}")
     return StageEntry(

@@ -9,7 +9,9 @@ from dvc.repo import Repo
 
 from glm.errors import InputError
 from tasks.inputs import check_tracked
+from tasks.lineage import stage_entry
 
+ROOT = Path(__file__).parents[2]
 ROWS = '[{"instruction": "q", "output": "a"}]'
 
 
@@ -80,3 +82,11 @@ def test_what_did_not_change_is_not_read_again(repo: Repo, monkeypatch: pytest.M
     altered.write_text(ROWS.replace("q", "p"))  # of the same size
     with pytest.raises(InputError, match="data/parts was altered"):
         check_tracked("mine", Path("data"), "parts/a.json")
+
+
+def test_the_folder_of_params_yaml_is_what_fetch_depends_on(tmp_path: Path) -> None:
+    """Wherever it is: an edited file there must not be taken for the old one."""
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text("data: {dataset_dir: ../elsewhere}\n")
+    assert "../elsewhere" in stage_entry("fetch", tmp_path / "dvc.yaml").deps
+    assert "data" in stage_entry("fetch", ROOT / "dvc.yaml").deps
