@@ -4,7 +4,8 @@
     python -m benchmarks.memory --only lora,nf4
     python -m benchmarks.memory --tiny             # does it run? on the CPU, with numbers that mean nothing
 
-Random weights in bfloat16 (6.2 B parameters), LoRA r=8 on q, k and v, examples of the lengths of benchmarks/sft.py, four to an optimizer step, decoder layers computed again in the backward pass, nothing compiled. The rows are
+Random weights in bfloat16 (6.2 B parameters), LoRA r=8 on q, k and v, examples of the lengths of benchmarks/sft.py,
+four to an optimizer step, decoder layers computed again in the backward pass, nothing compiled. The rows are
 `glm.training.sft.train`, `glm.training.reward.train` and the parts of a PPO step, as the stages call them. The peak is
 what torch allocated at most, the try of the four longest examples (up to 4,096 tokens) included; a ranking is two
 answers. PPO: four prompts of 128 tokens, 128 new ones.
