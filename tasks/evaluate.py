@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json, write_jsonl
-from tasks.base_model import load_base
+from tasks.base_model import foundation, load_base_tokenizer, load_shared
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS, tokenized
 
@@ -25,12 +25,16 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.data.encode import prompt_ids
     from glm.evaluation.text_metrics import corpus_scores
     from glm.generation.decode import decode, generate
+    from glm.models.lineage import chain
     from glm.training import policy_eval, sft
     from glm.training.actors import Actors
 
     params, options = stage.params, stage.params.evaluate
-    base, tokenizer = load_base(params)
-    actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
+    models = {name: Path("models", name) for name in ("sft", "reward", "ppo")}
+    shared = [foundation(params).parts, *(chain(folder) for folder in models.values())]
+    base, beneath = load_shared(params, *shared)
+    tokenizer = load_base_tokenizer()
+    actors = Actors(base, policy=models["ppo"], reference=models["sft"], reward=models["reward"], beneath=beneath)
     rows = read_split(ROWS, "sft", "test")
     examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
