@@ -56,6 +56,7 @@ STAGES = {
     "preprocess": Plan(6 * HOUR),
     "base": Plan(12 * HOUR, retries=2),
     "sft": Plan(168 * HOUR),
+    "evaluate_sft": Plan(24 * HOUR),
     "reward": Plan(168 * HOUR),
     "ppo": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
@@ -88,7 +89,7 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
 
 @flow(name="rlhf-pipeline")
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """fetch, preprocess, base, SFT, reward model, PPO, evaluate, export; then register the result as challenger.
+    """Every stage from fetch to export; then register the result as challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with

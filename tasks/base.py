@@ -39,7 +39,6 @@ def _train_embedded(stage: Stage) -> dict[str, float]:
             texts["train"],
             texts["dev"],
             params,
-            seed=stage.params.seed,
             log=stage.log,
             progress=stage.progress,
         )
