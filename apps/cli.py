@@ -25,6 +25,14 @@ def data_check(context: typer.Context) -> None:
     raise typer.Exit(check_data(context.args))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def compare(context: typer.Context) -> None:
+    """Run methods, algorithms or other variants of the parameters on the same data, in one table; --help lists more."""
+    from flows.compare_methods import main as compare_variants
+
+    raise typer.Exit(compare_variants(context.args))
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",
