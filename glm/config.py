@@ -368,6 +368,12 @@ class Params(Section):
                 "sft.init_lora_weights pissa takes the LoRA out of the weights, which those of model.quantization "
                 f"{kind} cannot give: choose default, or quantization none"
             )
+        if self.sft.use_dora and self.sft.init_lora_weights == "pissa":
+            raise ValueError("sft.use_dora and sft.init_lora_weights pissa: the one's norms hide the other's start")
+        for stage in ("sft", "reward"):
+            section = getattr(self, stage)
+            if section.loraplus_lr_ratio is not None and section.method != "lora":
+                raise ValueError(f"{stage}.loraplus_lr_ratio is for LoRA's B, and {stage}.method is {section.method}")
         if kind.startswith("cpm-") and self.sft.use_dora:
             raise ValueError(f"sft.use_dora needs the weights' norms, which PEFT cannot read from {kind}: choose nf4")
         return self
@@ -389,12 +395,6 @@ class Params(Section):
                     f"{stage}.method full would leave SFT's prefix outside of the weights that it saves: choose "
                     "p_tuning, lora or freeze"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def only_what_exists(self) -> Self:
-        if {self.sft.method, self.reward.method, self.ppo.method} != {"lora"} or self.model.quantization != "none":
-            raise ValueError("only method lora on quantization none so far")
         return self
 
 

@@ -12,7 +12,7 @@ from glm.data.held_out import check_disjoint
 from glm.data.rows import read_split
 from glm.files import read_jsonl, replace_folder, write_json, write_jsonl
 from tasks.answers import answer, predictions, read_questions, samples
-from tasks.base_model import load_base
+from tasks.base_model import foundation, load_base_tokenizer, load_shared
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS
 
@@ -22,14 +22,17 @@ ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compa
 
 def run(stage: Stage) -> dict[str, float]:
     from glm.data.encode import prompt_ids
+    from glm.models.lineage import chain
     from glm.training import policy_eval
     from glm.training.actors import Actors
 
     params, options = stage.params, stage.params.evaluate
     check_disjoint(ROWS, "ppo")
     metrics = read_metrics("evaluate_sft") | {"reward.accuracy": read_metrics("reward")["test_accuracy"]}
-    base, tokenizer = load_base(params)
-    actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
+    models = {name: Path("models", name) for name in ("sft", "reward", "ppo")}
+    base, beneath = load_shared(params, foundation(params).parts, *(chain(folder) for folder in models.values()))
+    tokenizer = load_base_tokenizer()
+    actors = Actors(base, policy=models["ppo"], reference=models["sft"], reward=models["reward"], beneath=beneath)
     steps = len(ADAPTERS) + 1
 
     stage.progress(0, steps, "ppo: loss and greedy answers")

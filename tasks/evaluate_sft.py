@@ -8,13 +8,13 @@ samples.json (three questions, answered side by side as the chat does).
 from glm.data.held_out import check_disjoint
 from glm.files import replace_folder, write_json, write_jsonl
 from tasks.answers import Answers, answer, predictions, read_questions, samples
-from tasks.base_model import load_base
+from tasks.base_model import load_base, load_on
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.models.adapters import load_lora
+    from glm.models.lineage import above
 
     check_disjoint(ROWS, "sft")
     base, tokenizer = load_base(stage.params)
@@ -23,7 +23,8 @@ def run(stage: Stage) -> dict[str, float]:
     stage.progress(0, 2, "base")
     answers["base"] = answer(stage, base, tokenizer, questions)
     stage.progress(1, 2, "SFT")
-    answers["sft"] = answer(stage, load_lora(base, "models/sft"), tokenizer, questions)
+    del base
+    answers["sft"] = answer(stage, load_on(above("models/sft")), tokenizer, questions)
     stage.progress(2, 2)
     with replace_folder("reports/evaluate_sft") as folder:
         write_jsonl(folder / "predictions.jsonl", predictions(questions, answers))

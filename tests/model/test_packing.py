@@ -283,7 +283,7 @@ def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: 
             _, numbers = sft.train(model, tokenizer, rows, rows, params, **calls)
         else:
             params = Reward.model_validate(changes)
-            _, numbers = reward.train(model, tokenizer, rows, rows, params, lora=lora, sft_adapter=None, **calls)
+            _, numbers = reward.train(model, tokenizer, rows, rows, params, shape=lora, **calls)
         assert numbers["steps"] == 3 and model.config._attn_implementation == "sdpa"
         assert speeds and all(values["tokens_per_second"] > 0 for values in speeds)
         losses[packing] = [points[step]["loss"] for step in (1, 2, 3)]
