@@ -73,8 +73,8 @@ def workspace(
 ) -> Iterator[Path]:
     """A worktree of HEAD with `overrides` in its params.yaml. A block that ends well is kept as DVC experiment `name`.
 
-    `steps` are the stages that the experiment holds; all of them if empty. What an earlier experiment `name` on the same
-    commit, or else `like`, has made is there from the start; nothing of it is taken for current that is not.
+    `steps` are the stages that the experiment holds; all of them if empty. What an earlier experiment `name` on the
+    same commit, or else `like`, has made is there from the start; DVC says what of it is current.
 
     Raises:
         InputError: the overridden parameters are not valid.
