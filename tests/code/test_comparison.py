@@ -35,6 +35,11 @@ def test_text_of_a_cell() -> None:
     assert [text(lora, SIZE), text(full, SIZE)] == ["1,000", ""]  # equal by nature: no spread
 
 
+def test_an_interval_follows_the_mean() -> None:
+    (row,) = rows([Result("ppo", 1, {"win_rate": 0.62, "win_rate_low": 0.553, "win_rate_high": 0.687})])
+    assert text(row, Column("win_rate", "win rate", 2)) == "0.62 [0.55, 0.69]"
+
+
 def test_csv_keeps_every_digit() -> None:
     lora, full = csv.DictReader(io.StringIO(table_csv(rows(RESULTS), [LOSS, SIZE])))
     assert float(lora["loss_std"]) == 2**0.5
