@@ -27,7 +27,12 @@ TEXT = (
     Column("rouge-l", "ROUGE-l", 2),
     Column("loss", "loss", 3),
 )
-POLICY = (Column("reward", "reward", 2), Column("kl", "KL", 1))
+POLICY = (
+    Column("gain", "judge: gain over SFT", 2),
+    Column("win_rate", "win rate against SFT", 2),
+    Column("reward", "reward", 2),
+    Column("kl", "KL to SFT", 1),
+)
 COST = (
     Column("trainable_parameters", "trainable", 0),
     Column("trainable_percent", "trainable, %", 2),
@@ -37,7 +42,6 @@ COST = (
     Column("seconds", "time, s", 0),
 )
 COLUMNS = {"evaluate_sft": (*TEXT, *COST), "evaluate": (*POLICY, *TEXT, *COST)}
-MEASURED = {"evaluate_sft": ("sft", "sft"), "evaluate": ("ppo", "ppo")}  # whose metrics; the step that made them
 BEFORE = {"evaluate_sft": ["base"], "evaluate": ["base", "sft"]}  # rows to compare with, untuned first
 
 
@@ -96,10 +100,10 @@ class Report:
 
 def measure(read: Read, end: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """(metrics of what a cell trained, metrics of what it is compared with), from the files of its stages."""
-    who, step = MEASURED[end]
-    metrics, record = read(f"metrics/{end}.json"), read(f"runs/{step}.json")
-    names = [column.name for column in COLUMNS[end]]
-    found = read(f"metrics/{step}.json") | record.get("speed", {}) | record | of(who, metrics)
+    who = "sft" if end == "evaluate_sft" else "ppo"
+    metrics, record = read(f"metrics/{end}.json"), read(f"runs/{who}.json")
+    names = [f"{column.name}{part}" for column in COLUMNS[end] for part in ("", "_low", "_high")]
+    found = read(f"metrics/{who}.json") | record.get("speed", {}) | record | of(who, metrics)
     return pick(found, names), {other: pick(of(other, metrics), names) for other in BEFORE[end]}
 
 

@@ -77,13 +77,18 @@ def shown(columns: Sequence[Column], found: Sequence[Row]) -> list[Column]:
 def text(row: Row, column: Column) -> str:
     """One cell: `17.01 ± 0.12`, `17.01` for a single seed, nothing where nothing was measured.
 
-    A spread that rounds to nothing is left out, as for numbers that are equal by nature.
+    A spread that rounds to nothing is left out, as for numbers that are equal by nature. Where an interval was measured
+    (`<name>_low`, `<name>_high`), the mean of it over the seeds follows: `0.62 [0.55, 0.69]`.
     """
     if column.name not in row.mean:
         return ""
     mean = f"{row.mean[column.name]:,.{column.digits}f}"
     spread = f"{row.spread.get(column.name, 0.0):,.{column.digits}f}"
-    return f"{mean} ± {spread}" if float(spread.replace(",", "")) else mean
+    shown = f"{mean} ± {spread}" if float(spread.replace(",", "")) else mean
+    if f"{column.name}_low" in row.mean:
+        low, high = (row.mean[f"{column.name}_{end}"] for end in ("low", "high"))
+        shown += f" [{low:,.{column.digits}f}, {high:,.{column.digits}f}]"
+    return shown
 
 
 def table_csv(found: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.cells import differences, parse_settings, parse_variant, product, read_recipe
+from flows.cells import differences, parse_settings, parse_variant, plan, product, read_recipe
+from flows.compare_methods import parser, read_arguments
 from flows.comparison_report import Outcome, Report
 from glm.errors import InputError
 from glm.evaluation.comparison import Column, Result, draw, rows, table_csv, text
@@ -32,6 +33,11 @@ def test_text_of_a_cell() -> None:
     lora, full = rows(RESULTS)
     assert [text(lora, LOSS), text(full, LOSS)] == ["3.00 ± 1.41", "1.50"]
     assert [text(lora, SIZE), text(full, SIZE)] == ["1,000", ""]  # equal by nature: no spread
+
+
+def test_an_interval_follows_the_mean() -> None:
+    (row,) = rows([Result("ppo", 1, {"win_rate": 0.62, "win_rate_low": 0.553, "win_rate_high": 0.687})])
+    assert text(row, Column("win_rate", "win rate", 2)) == "0.62 [0.55, 0.69]"
 
 
 def test_csv_keeps_every_digit() -> None:
@@ -104,3 +110,44 @@ def test_what_differs_between_parameters() -> None:
     one = {"seed": 1, "sft": {"lora_rank": 4, "learning_rate": 0.1}}
     other = {"seed": 2, "sft": {"lora_rank": 8, "learning_rate": 0.1}}
     assert differences({"a": one, "b": other}) == {"a": {"sft.lora_rank": 4}, "b": {"sft.lora_rank": 8}}
+
+
+def planned(*words: str) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Name and overrides of the cells that a command line asks for, and their steps."""
+    cells, steps = plan(read_arguments(parser().parse_args(words)))
+    return [(cell.name, cell.overrides) for cell in cells], steps
+
+
+def test_cells_go_seed_by_seed_and_as_far_as_they_differ() -> None:
+    cells, steps = planned("-S", "sft.lora_rank=4,8", "-S", "sft.num_train_epochs=2", "--seeds", "1,2", "--name", "n")
+    assert [name for name, _ in cells] == [f"n-lora_rank={rank}-seed{seed}" for seed in (1, 2) for rank in (4, 8)]
+    assert cells[0][1] == {"sft.num_train_epochs": 2, "sft.lora_rank": 4, "seed": 1}
+    assert steps[-1] == "evaluate_sft"
+    assert planned("-S", "reward.learning_rate=1e-3,2e-3")[1][-1] == "evaluate"
+    assert planned("-S", "sft.lora_rank=4,8", "--until", "evaluate")[1][-1] == "evaluate"
+    assert planned("--seeds", "1,2")[0] == [(f"compare-params.yaml-seed{seed}", {"seed": seed}) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "lora,lorra"], "variant 'lorra': .*'lorra'"),
+        (["-S", "sft.lora_rnk=4,8"], "did you mean sft.lora_rank"),
+        (["-S", "sft.lora_rank=4,many"], "found 'many'"),
+        (["-S", "data.sft=nothing,reviews_sft"], "nothing"),
+        (["-S", "export.dtype=float32,float16"], "makes no difference"),
+        (["-S", "reward.learning_rate=1e-3,2e-3", "--until", "evaluate_sft"], "makes no difference"),
+        (["-S", "sft.lora_rank=4,8", "--until", "export"], "evaluate_sft or evaluate"),
+        (["-S", "seed=1,2"], "--seeds"),
+        (["--variant", "a:sft.lora_rank=4", "--variant", "b:sft.lora_rank=4"], "'a' and 'b' are the same"),
+        (["--variant", "a/b:sft.lora_rank=4"], "variant 'a/b'"),
+        (["--variant", "a:sft.lora_rank=4", "--variant", "a:sft.lora_rank=8"], "given twice"),
+        (["--seeds", "1,1"], "named twice"),
+        (["--seeds", "one"], "whole numbers"),
+        (["--name", "../up"], "name.*'../up'"),
+        (["none.yaml"], "no such file"),
+    ],
+)
+def test_wrong_comparisons_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        planned(*words)

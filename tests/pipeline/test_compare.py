@@ -110,23 +110,7 @@ def test_queued_experiments_end_in_the_same_table(project: Project) -> None:
     assert project.executed() == []
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--methods", "lora,lorra"], "variant 'lorra'"),
-        (["-S", "sft.lora_rnk=4,8"], "did you mean sft.lora_rank?"),
-        (["-S", "sft.lora_rank=4,many"], "found 'many'"),
-        (["-S", "data.sft=nothing,reviews_sft"], "nothing"),
-        (["-S", "export.dtype=float32,float16"], "makes no difference"),
-        (["-S", "reward.learning_rate=1e-3,2e-3", "--until", "evaluate_sft"], "makes no difference"),
-        (["-S", "seed=1,2"], "--seeds"),
-        (["--variant", "a:sft.lora_rank=4", "--variant", "b:sft.lora_rank=4"], "are the same"),
-        (["--seeds", "1,1"], "named twice"),
-        (["--experiments", "none-such"], "no DVC experiment 'none-such'"),
-        (["recipes/none.yaml"], "no such file"),
-    ],
-)
-def test_wrong_comparisons_are_refused(project: Project, words: list[str], message: str) -> None:
-    output = compare(project, *words, check=False)
-    assert "exit status 2" in output and message in output and "Traceback" not in output
+def test_a_wrong_comparison_runs_nothing(project: Project) -> None:
+    output = compare(project, "-S", "sft.lora_rnk=4,8", check=False)
+    assert "exit status 2" in output and "did you mean sft.lora_rank?" in output and "Traceback" not in output
     assert project.executed() == [] and not Path(project.root, "mlruns").exists()
