@@ -299,5 +299,9 @@ def _adapter_path(adapter: str | Path) -> Path:
     if path.is_file():
         return path
     folder = local_folder(str(adapter))
-    methods.method_of(folder)
+    if methods.method_of(folder) == "full":
+        raise InputError(
+            f"{folder}: no adapter; looked for adapter_config.json (LoRA), {methods.WEIGHTS_NAME} (freeze) and a "
+            "prefix encoder's weights, found a whole model: give it as the model itself"
+        )
     return folder

@@ -20,9 +20,9 @@ from glm.training import reward, sft
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, best_fit, pack_dataset, pack_step, packed_row
+from glm.training.plan import plan
 from glm.training.reward import RankingCollator, RewardLoss, RewardModel
 from glm.training.sft import SftCollator, SftLoss
-from glm.training.trainer import plan
 
 VOCABULARY = 211
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
