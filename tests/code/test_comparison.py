@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import ROOT
 from flows.cells import differences, parse_settings, parse_variant, plan, product, read_recipe
 from flows.compare_methods import parser, read_arguments
 from flows.comparison_report import Outcome, Report
@@ -104,6 +105,12 @@ def test_a_recipe_says_what_is_wrong_in_it(tmp_path: Path) -> None:
     path.write_text("variants: {a: {sft.lora_rank: 4}}\nseeds: [one]\n")
     with pytest.raises(InputError, match=r"seeds\.0.*'one'"):
         read_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/compare_*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_are_right(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert len(plan(recipe)[0]) == len(recipe.variants) * len(recipe.seeds)
 
 
 def test_what_differs_between_parameters() -> None:
