@@ -21,6 +21,7 @@ import time
 from contextlib import chdir
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from threading import Thread
 from typing import Any
 
@@ -103,15 +104,17 @@ def report_cells(
 def run_cells(cells: list[Cell], steps: list[str], parent: str | None) -> list[Outcome]:
     """Run every cell, and tell how far the comparison is. A cell's failure is part of its outcome."""
     outcomes: list[Outcome] = []
-    started = time.monotonic()
+    seconds: list[float] = []  # of each cell; the first one also makes what all have in common
     for number, one in enumerate(cells, start=1):
         stop_if_asked()
-        gone = time.monotonic() - started
-        left = f", about {clock(gone / (number - 1) * (len(cells) - number + 1))} to go" if number > 1 else ""
+        rest = (len(cells) - number + 1) * fmean(seconds[1:]) if seconds[1:] else 0.0
+        left = f", about {clock(rest)} to go" if rest else ""
         print(f"{one.variant}, seed {one.seed} ({number} of {len(cells)}{left})", flush=True)
+        started = time.monotonic()
         run = cell.with_options(flow_run_name=one.name)
         like = next((outcome.name for outcome in reversed(outcomes) if not outcome.error), None)
         state = run(one.name, one.variant, one.seed, one.overrides, steps, parent, like, return_state=True)
+        seconds.append(time.monotonic() - started)
         found = state.result(raise_on_failure=False)
         if isinstance(found, Outcome):
             outcomes.append(found)
