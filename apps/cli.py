@@ -37,6 +37,14 @@ def data_clean(
     typer.echo(f"{len(removed)} sets removed from {cache_folder()}, {sum(removed.values()) / 1e6:,.1f} MB")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def compare(context: typer.Context) -> None:
+    """Run methods, algorithms or other variants of the parameters on the same data, in one table; --help lists more."""
+    from flows.compare_methods import main as compare_variants
+
+    raise typer.Exit(compare_variants(context.args))
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",

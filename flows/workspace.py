@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -68,8 +68,13 @@ def uncommitted() -> list[str]:
 
 
 @contextmanager
-def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
+def workspace(
+    name: str, overrides: Mapping[str, Any], steps: Sequence[str] = (), like: str | None = None
+) -> Iterator[Path]:
     """A worktree of HEAD with `overrides` in its params.yaml. A block that ends well is kept as DVC experiment `name`.
+
+    `steps` are the stages that the experiment holds; all of them if empty. What an earlier experiment `name` on the
+    same commit, or else `like`, has made is there from the start; DVC says what of it is current.
 
     Raises:
         InputError: the overridden parameters are not valid.
@@ -81,12 +86,21 @@ def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
             git("worktree", "add", "--detach", str(root), "HEAD")
             load_params(root / "params.yaml", dict(overrides))
             share_cache(root)
+            if earlier := lock_of(name) or (lock_of(like) if like else ""):
+                write_text(root / "dvc.lock", earlier)
             dvc(root, "checkout", "--allow-missing", "--force", "--quiet")
             write_overrides(root / "params.yaml", overrides)
             yield root
-            dvc(root, "exp", "save", "--force", "--name", name)
+            dvc(root, "exp", "save", "--force", "--name", name, *steps)
         finally:
             remove(root)
+
+
+def lock_of(experiment: str) -> str:
+    """dvc.lock of a DVC experiment on the last commit; empty if there is none."""
+    head = git("rev-parse", "HEAD").strip()
+    commit = git("for-each-ref", "--format=%(objectname)", f"refs/exps/{head[:2]}/{head[2:]}/{experiment}").strip()
+    return git("show", f"{commit}:dvc.lock") if commit else ""
 
 
 def share_cache(root: Path) -> None:

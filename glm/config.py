@@ -39,6 +39,7 @@ class EmbeddedModel(Section):
     num_train_epochs: float = Field(3.0, gt=0)
     learning_rate: float = Field(4e-3, gt=0, lt=1)
     tokens_per_batch: int = Field(2048, ge=64, description="tokens of one optimizer step")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of its weights and the order of its text")
 
     @model_validator(mode="after")
     def heads_divide(self) -> Self:
@@ -130,6 +131,7 @@ class Data(Section):
         "first_exhausted", description="weights leave rows out until they fit, or repeat rows until all are used"
     )
     max_samples: int | None = Field(None, ge=8, description="rows kept per dataset and split, chosen by their hash")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="which rows max_samples and weights choose")
     deduplicate: Literal["none", "exact", "near"] = Field(
         "near", description="near: rows that differ in case, width, blanks or sentence punctuation only count as equal"
     )
@@ -339,7 +341,7 @@ class Tracking(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: int = Field(42, ge=0, le=2**32 - 1)
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of training and sampling; data and base keep their own")
     model: Model = Model()
     data: Data = Data()
     sft: Sft = Sft()

@@ -43,7 +43,6 @@ def _train_embedded(stage: Stage) -> dict[str, float]:
             texts["train"],
             texts["dev"],
             params,
-            seed=stage.params.seed,
             log=stage.log,
             progress=stage.progress,
         )

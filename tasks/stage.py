@@ -308,10 +308,20 @@ def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),
+        "peak_memory_gb": _peak_memory() / 1e9,
         "speed": {name: sum(values) / len(values) for name, values in stage.speeds.items()},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": tags["machine.host"],
     }
+
+
+def _peak_memory() -> int:
+    """Bytes: the most that tensors held on the GPU; without one, the most of this process that was in memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count what the parent had before exec
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _number(value: Any) -> float:

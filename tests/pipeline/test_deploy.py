@@ -49,7 +49,9 @@ def test_deployment(deployed: Project) -> None:
     assert url.removesuffix("/api") in deploy(deployed, "start")
     assert server == (deployed.root / ".prefect" / "server.json").read_text()
     assert worker == (deployed.root / ".prefect" / "worker.json").read_text()
-    (deployment,) = query(url, "deployments/filter", {})
+    deployments = query(url, "deployments/filter", {"flows": {"name": {"any_": ["rlhf-pipeline", "compare-methods"]}}})
+    assert len(deployments) == 2
+    (deployment,) = (one for one in deployments if one["entrypoint"].endswith(":rlhf_pipeline"))
     assert deployment["name"] == "default" and deployment["work_pool_name"] == "local"
     (schedule,) = deployment["schedules"]
     assert schedule["schedule"]["cron"] == "0 3 * * 0" and not schedule["active"]
