@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from glm.training.loss import CHUNK_LOGITS
 
 Checkpointing = Literal["none", "selective", "full"]
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+EAGER = 2.0
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -69,28 +71,28 @@ def choose_checkpointing(
 
 
 def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Checkpointing, *, compiled: bool) -> int:
-    """Bytes that a training step takes on top of the weights: activations, one layer's backward, loss, optimizer.
+    """Bytes that a training step takes on top of the weights: kept activations, optimizer, a layer's backward or loss.
 
-    Without compiling, elementwise steps keep their inputs too, several of them in float32: about 2.5 times as much.
+    Without compiling, elementwise steps keep their inputs too, several of them in float32: about EAGER times as much.
     """
     layers = decoder_layers(model)
     hidden = model.config.hidden_size
-    linears = [
-        (module.in_features, module.out_features)
-        for name, module in layers[0].named_modules()
-        if isinstance(module, nn.Linear | PackedLinear) and "lora_" not in name
-    ]
-    whole = 3 * hidden + sum(width for _, width in linears)  # residual stream and both norms, products
-    kept = {
-        "none": whole,
-        "selective": 3 * hidden + sum(width for inner, width in linears if width <= inner),
-        "full": hidden,
-    }[mode]
+    modules = [module for name, module in layers[0].named_modules() if "lora_" not in name]
+    linears = [module for module in modules if isinstance(module, nn.Linear | PackedLinear)]
+    products = sum(linear.out_features for linear in linears)
+    narrow = sum(linear.out_features for linear in linears if linear.out_features <= linear.in_features)
+    dropped = sum(module.in_features for module in modules if isinstance(module, LoraLayer) and _has_dropout(module))
+    whole = (3 * hidden + products + dropped) * (1 if compiled else EAGER)  # residual stream, both norms, products
+    # selective: a layer's input, attention's output, and the narrow products but for the last, which is only added
+    kept = {"none": whole, "selective": hidden + narrow, "full": hidden}[mode]
+    in_backward = whole if mode == "none" else 2 * whole  # gradients, and what is computed again
     size = 4 if model.dtype == torch.float32 else 2
-    eager = 1.0 if compiled else 2.5
-    again = 0 if mode == "none" else whole
-    activations = tokens * size * eager * (len(layers) * kept + again + whole)
-    return int(activations + CHUNK_LOGITS * 16 + trained * 12)
+    passing = max(tokens * size * in_backward, CHUNK_LOGITS * 16)
+    return int(tokens * size * len(layers) * kept + passing + trained * 12)
+
+
+def _has_dropout(module: LoraLayer) -> bool:
+    return any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -120,7 +120,7 @@ def train(
     steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        attention_of(model, packed=steps.packing is not None),
+        attention_of(model, steps.attention),
         layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
     ):
         trainer = StepTrainer(

@@ -100,7 +100,7 @@ def train(
     steps = plan(adapted, train_set, lambda example: [example["input_ids"]], params, stage="sft", seed=seed)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        attention_of(model, packed=steps.packing is not None),
+        attention_of(model, steps.attention),
         layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
     ):
         trainer = StepTrainer(

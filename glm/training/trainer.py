@@ -19,7 +19,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from glm.config import Training
 from glm.errors import InputError
 from glm.models.adapters import trainable_count
-from glm.models.packed_attention import why_not_packed
+from glm.models.chatglm1 import ChatGLMConfig
+from glm.models.packed_attention import packed_implementation, why_not_packed
 from glm.training.layers import Checkpointing, choose_checkpointing
 from glm.training.packing import Packing, pack_dataset
 
@@ -45,6 +46,7 @@ class Plan:
     train_set: Sequence[Any]
     step_size: int
     packing: Packing | None
+    attention: str | None  # of packed rows, as transformers calls it
     compiled: bool
     checkpointing: Checkpointing
 
@@ -61,7 +63,8 @@ def plan(
     if params.max_steps > 0:
         run_tokens = params.max_steps * (params.tokens_per_step or step_size * sum(lengths) / len(examples))
 
-    obstacle = "packing: false" if not params.packing else why_not_packed(base)
+    attention = packed_implementation(base, params.attn_implementation)
+    obstacle = "packing: false" if not params.packing else why_not_packed(base, attention)
     if obstacle and params.tokens_per_step:
         raise InputError(f"{stage}.tokens_per_step {params.tokens_per_step} needs packed rows: {obstacle}")
     compiled = params.torch_compile
@@ -78,7 +81,8 @@ def plan(
             train_set = pack_dataset(list(examples), lambda example: sum(map(len, sequences(example))), row, seed)
             step_size = params.tokens_per_step // row
             most = max(sum(len(sequences(example)) for example in filled) for filled in train_set)
-        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
+        prefix_lm = base.config if isinstance(base.config, ChatGLMConfig) else None
+        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths), prefix_lm)
         tokens = max(row, max(lengths))
     else:
         tokens = params.per_device_train_batch_size * max(lengths)
@@ -89,7 +93,7 @@ def plan(
         checkpointing = (
             choose_checkpointing(base, tokens, trained, compiled=compiled, free=_free_memory()) if on_gpu else "none"
         )
-    found = Plan(train_set, step_size, packing, compiled, checkpointing)
+    found = Plan(train_set, step_size, packing, None if obstacle else attention, compiled, checkpointing)
     logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
     return found
 
@@ -225,8 +229,10 @@ def require_rows(rows: Sequence[Any], what: str) -> None:
 
 def _free_memory() -> int:
     """Bytes of GPU memory that this process can still get."""
-    free, _ = torch.cuda.mem_get_info()
-    return int(USABLE_MEMORY * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    allowed = int(torch.cuda.memory.get_per_process_memory_fraction() * total) - reserved
+    return int(USABLE_MEMORY * (min(free, allowed) + reserved - torch.cuda.memory_allocated()))
 
 
 def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> str:
@@ -242,5 +248,6 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     steps = -(-len(plan.train_set) // plan.step_size)
     return (
         f"{examples} examples of {tokens / examples:.0f} tokens; {layout}; {steps} steps an epoch of {plan.step_size} "
-        f"{unit}; torch_compile {str(plan.compiled).lower()}; activation_checkpointing {plan.checkpointing}"
+        f"{unit}; attention {plan.attention or 'as loaded'}; torch_compile {str(plan.compiled).lower()}; "
+        f"activation_checkpointing {plan.checkpointing}"
     )
