@@ -75,6 +75,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 AUTO: dict[str, Any] = {**FINAL, "activation_checkpointing": "auto"}
 BUDGETS = (32, 20, 15)  # GB, within which `auto` has to choose
+QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 12}
 
 
 def matmul_limit(parameters: int) -> tuple[float, float]:
@@ -208,6 +209,7 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
             torch.compiler.reset()  # a row compiles as a process of its own would
             found = measure(models[kind])
         except Exception as error:  # one row that fails must not take the others with it
+            models.pop(kind, None)
             console.print(f"| {name} | {what} | {type(error).__name__}: {str(error)[:300]} | | | |")
             return
         tokens = found["tokens_per_second"]
@@ -226,9 +228,9 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     for size in BUDGETS:
         within = partial(ours, values=AUTO, steps=16, gigabytes=size)
         row(f"within-{size}", f"`auto` where the process gets {size} GB", within, "chatglm2")
-    for kind in ("nf4", "fp4", "int8"):
-        within = partial(ours, values=AUTO, steps=16, gigabytes=10)
-        row(f"{kind}-10", f"{kind} base, `auto` where the process gets 10 GB", within, kind)
+    for kind, size in QUANTIZED.items():
+        within = partial(ours, values=AUTO, steps=16, gigabytes=size)
+        row(f"{kind}-{size}", f"{kind} base, `auto` where the process gets {size} GB", within, kind)
         row(kind, f"{kind} base, as `final`", partial(ours, values=FINAL, steps=16), kind)
         eager = {**FINAL, "activation_checkpointing": "full", "torch_compile": False}
         row(
@@ -298,7 +300,7 @@ def cpu(steps: int, console: Console) -> None:
 
 def main() -> None:
     names = ["stock", *PATH, *OTHERS, "reward", *(f"within-{size}" for size in BUDGETS)]
-    names += [f"{kind}{way}" for kind in ("nf4", "fp4", "int8") for way in ("-10", "", "-eager")]
+    names += [f"{kind}{way}" for kind, size in QUANTIZED.items() for way in (f"-{size}", "", "-eager")]
     names += ["chatglm1-padded", "chatglm1"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(names), help=f"rows, by comma: {', '.join(names)}")

@@ -130,7 +130,7 @@ def last_hidden(
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=causal.dtype == torch.bfloat16):
         outputs = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return outputs.last_hidden_state
+    return outputs.last_hidden_state.to(causal.dtype)  # under autocast a LayerNorm at the end gives float32
 
 
 def _check_folder(folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from glm.training.loss import CHUNK_LOGITS
 
 Checkpointing = Literal["none", "selective", "full"]
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
-EAGER = 2.0
+EAGER = 1.6
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -77,12 +77,15 @@ def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Che
     """
     layers = decoder_layers(model)
     hidden = model.config.hidden_size
-    modules = [module for name, module in layers[0].named_modules() if "lora_" not in name]
-    linears = [module for module in modules if isinstance(module, nn.Linear | PackedLinear)]
+    named = [(name, module) for name, module in layers[0].named_modules() if "lora_" not in name]
+    linears = [module for _, module in named if isinstance(module, nn.Linear | PackedLinear)]
+    adapted = [(name, module) for name, module in named if isinstance(module, LoraLayer)]
     products = sum(linear.out_features for linear in linears)
     narrow = sum(linear.out_features for linear in linears if linear.out_features <= linear.in_features)
-    dropped = sum(module.in_features for module in modules if isinstance(module, LoraLayer) and _has_dropout(module))
-    whole = (3 * hidden + products + dropped) * (1 if compiled else EAGER)  # residual stream, both norms, products
+    # A LoRA keeps its input, which q, k and v share, and with dropout one of its own.
+    inputs = sum(width for _, width in {(name.rpartition(".")[0], module.in_features) for name, module in adapted})
+    inputs += sum(module.in_features for _, module in adapted if _has_dropout(module))
+    whole = (3 * hidden + products + inputs) * (1 if compiled else EAGER)  # residual stream, both norms, products
     # selective: a layer's input, attention's output, and the narrow products but for the last, which is only added
     kept = {"none": whole, "selective": hidden + narrow, "full": hidden}[mode]
     in_backward = whole if mode == "none" else 2 * whole  # gradients, and what is computed again
