@@ -240,7 +240,7 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     if plan.packing is None:
         layout = f"padded ({obstacle})"
     elif plan.train_set and isinstance(plan.train_set[0], list):
-        unit = "rows"
+        unit = f"rows, about {examples * plan.step_size / len(plan.train_set):.0f} examples"
         fill = 100 * tokens / len(plan.train_set) / plan.packing.tokens_per_row
         layout = f"packed, {len(plan.train_set)} rows of {plan.packing.tokens_per_row} tokens, {fill:.1f} % filled"
     else:

@@ -299,7 +299,8 @@ def test_a_row_keeps_its_shape() -> None:
     assert len(packed_row([[1] * 16], PACKING, 0)["cu_seq_lens_q"]) == 10
 
 
-def test_the_plan_keeps_the_number_of_examples_unless_told() -> None:
+def test_the_plan_keeps_the_number_of_examples_unless_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="glm")
     model, rows = adapted("glm"), examples(20)
     sequences = lambda example: [example["input_ids"]]  # noqa: E731
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "tokens_per_forward": 64}
@@ -307,8 +308,10 @@ def test_the_plan_keeps_the_number_of_examples_unless_told() -> None:
     assert found.train_set is rows and found.step_size == 8 and found.packing and not found.compiled
     found = plan(model, rows, sequences, Sft(**options, tokens_per_step=128), stage="sft", seed=0)
     assert found.step_size == 2 and all(isinstance(row, list) for row in found.train_set)
+    assert f"{-(-len(found.train_set) // 2)} steps an epoch of 2 rows, about " in caplog.text
     found = plan(model, rows, sequences, Sft(**options, packing=False), stage="sft", seed=0)
     assert found.packing is None and found.step_size == 8
+    assert "3 steps an epoch of 8 examples" in caplog.text
 
 
 @pytest.mark.parametrize("tokens_per_step", [None, 128])
