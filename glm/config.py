@@ -178,6 +178,9 @@ class Training(Section):
         None, ge=1, description="LoRA+: B's learning rate over A's (Hayou et al. 2024): 16, say"
     )
     packing: bool = Field(True, description="examples side by side in one row instead of padded to the longest")
+    attn_implementation: Literal["auto", "varlen", "flex_attention", "flash_attention_2"] = Field(
+        "auto", description="attention of packed rows; auto: varlen, torch's own; flash_attention_2 needs flash-attn"
+    )
     tokens_per_forward: int = Field(
         4096,
         ge=64,

@@ -172,7 +172,7 @@ def last_hidden(
     causal = causal_lm(model)
     with half_precision(model):
         outputs = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return outputs.last_hidden_state
+    return outputs.last_hidden_state.to(causal.dtype)  # under autocast a LayerNorm at the end gives float32
 
 
 def half_precision(model: PeftModel | PreTrainedModel) -> torch.autocast:

@@ -13,8 +13,9 @@ from glm.data.cache import TokenizedRows
 from glm.data.packing import PackedRows, pack
 from glm.errors import InputError
 from glm.models.adapters import causal_lm
+from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.methods import Tunable
-from glm.models.packed_attention import why_not_packed
+from glm.models.packed_attention import packed_implementation, why_not_packed
 from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
 from glm.training.packing import Packing
 
@@ -39,6 +40,7 @@ class Plan:
     train_set: Sequence[Any]
     step_size: int
     packing: Packing | None
+    attention: str | None  # of packed rows, as transformers calls it
     compiled: bool
     checkpointing: Checkpointing
     row_tokens: int
@@ -62,7 +64,8 @@ def plan(
     if params.max_steps > 0:
         run_tokens = params.max_steps * (params.tokens_per_step or step_size * sum(lengths) / len(examples))
 
-    obstacle = "packing: false" if not params.packing else why_not_packed(base)
+    attention = packed_implementation(base, params.attn_implementation)
+    obstacle = "packing: false" if not params.packing else why_not_packed(base, attention)
     if obstacle and params.tokens_per_step:
         raise InputError(f"{stage}.tokens_per_step {params.tokens_per_step} needs packed rows: {obstacle}")
     compiled = params.torch_compile
@@ -82,7 +85,8 @@ def plan(
                 train_set = PackedRows(examples, pack([sum(each) for each in by_example], row, seed))
             step_size = params.tokens_per_step // row
             most = max(sum(len(by_example[index]) for index in filled) for filled in train_set.rows)
-        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
+        prefix_lm = base.config if isinstance(base.config, ChatGLMConfig) else None
+        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths), prefix_lm)
         tokens = max(row, max(lengths))
     else:
         tokens = params.per_device_train_batch_size * max(map(len, by_example)) * max(lengths)
@@ -95,15 +99,18 @@ def plan(
             checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free_memory())
     steps = -(-len(train_set) // step_size) * params.num_train_epochs
     total = params.max_steps if params.max_steps > 0 else math.ceil(steps)
-    found = Plan(train_set, step_size, packing, compiled, checkpointing, tokens, sum(lengths), total)
+    used = None if obstacle else attention
+    found = Plan(train_set, step_size, packing, used, compiled, checkpointing, tokens, sum(lengths), total)
     logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
     return found
 
 
 def free_memory() -> int:
     """Bytes of GPU memory that this process can still get."""
-    free, _ = torch.cuda.mem_get_info()
-    return int(USABLE_MEMORY * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    allowed = int(torch.cuda.memory.get_per_process_memory_fraction() * total) - reserved
+    return int(USABLE_MEMORY * (min(free, allowed) + reserved - torch.cuda.memory_allocated()))
 
 
 def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> str:
@@ -111,7 +118,7 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     if plan.packing is None:
         layout = f"padded ({obstacle})"
     elif isinstance(plan.train_set, PackedRows):
-        unit = "rows"
+        unit = f"rows, about {examples * plan.step_size / len(plan.train_set):.0f} examples"
         fill = 100 * tokens / len(plan.train_set) / plan.packing.tokens_per_row
         layout = f"packed, {len(plan.train_set)} rows of {plan.packing.tokens_per_row} tokens, {fill:.1f} % filled"
     else:
@@ -119,5 +126,6 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     steps = -(-len(plan.train_set) // plan.step_size)
     return (
         f"{examples} examples of {tokens / examples:.0f} tokens; {layout}; {steps} steps an epoch of {plan.step_size} "
-        f"{unit}; torch_compile {str(plan.compiled).lower()}; activation_checkpointing {plan.checkpointing}"
+        f"{unit}; attention {plan.attention or 'as loaded'}; torch_compile {str(plan.compiled).lower()}; "
+        f"activation_checkpointing {plan.checkpointing}"
     )

@@ -54,7 +54,7 @@ def trainer_for(
     causal = causal_lm(model)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        attention_of(causal, packed=plan.packing is not None),
+        attention_of(causal, plan.attention),
         layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
     ):
         yield StepTrainer(
