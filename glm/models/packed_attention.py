@@ -54,6 +54,8 @@ def varlen_attention(
     offsets of prompts and answers in turn, and `in_prefix` [1, length] says which tokens are a prompt's.
     Returns [1, length, heads, head_dim].
     """
+    # under autocast on float32 weights (method full) the rotary embedding widens query and key, and value is as wanted
+    query, key = query.to(value.dtype), key.to(value.dtype)
     fast = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     attend = _flash if fast else _one_by_one
     output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal=True)

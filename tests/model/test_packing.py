@@ -4,6 +4,7 @@ import importlib.util
 import random
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GlmConfig, GlmForCausalLM, Qwen2Config, Qwen2ForCausalL
 from glm.config import Reward, Sft
 from glm.data.encode import IGNORED
 from glm.errors import InputError
+from glm.models import methods, packed_attention
 from glm.models.adapters import add_lora, last_hidden
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM
 from glm.models.packed_attention import VARLEN, attention_of, packed_implementation, why_not_packed
@@ -361,3 +363,22 @@ def test_flash_attention_needs_its_package() -> None:
         pytest.skip("flash-attn is installed")
     with pytest.raises(InputError, match="attn_implementation: flash_attention_2 needs the package flash-attn"):
         packed_implementation(make("glm"), "flash_attention_2")
+
+
+def test_full_training_in_half_precision_reaches_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    # its weights are float32 under autocast; flash attention wants all three in the half type
+    found = set()
+    one_by_one = packed_attention._one_by_one
+
+    def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        found.update({query.dtype, key.dtype, value.dtype})
+        return one_by_one(query, key, value, *args, **options)
+
+    monkeypatch.setattr(packed_attention, "_one_by_one", note)
+    model = make("glm").to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    tuned = methods.start(model, "full", Sft(method="full"), None)
+    row = packed_row([example["input_ids"] for example in examples(2)], PACKING, 0)
+    with attention_of(model, VARLEN):
+        last_hidden(tuned, **row).float().sum().backward()
+    assert found == {torch.bfloat16} and model.dtype == torch.float32
