@@ -153,8 +153,10 @@ def _cleaner(tokenizer: PreTrainedTokenizerBase, raw: bool) -> Callable[[str], s
     """The authors' own last touch to an answer; blanks are left to the reader."""
     if raw:
         return lambda text: text
+    authors: Callable[[str], str] = str
     if isinstance(tokenizer, ChatGLM1Tokenizer):
-        return lambda text: chatglm1_response(text.lstrip() + "|")[:-1]
-    if isinstance(tokenizer, ChatGLM2Tokenizer):
-        return lambda text: chatglm2_response(text.lstrip() + "|")[:-1]
-    return lambda text: text
+        authors = chatglm1_response
+    elif isinstance(tokenizer, ChatGLM2Tokenizer):
+        authors = chatglm2_response
+    # They strip, but blanks at the end are not the end yet: a mark stands behind them. Broken bytes are left out.
+    return lambda text: authors(text.replace(BROKEN, "") + "|")[:-1]
