@@ -142,7 +142,8 @@ def main() -> int:
         ratio = made / seconds / loop
         print(
             f"server, {arguments.clients} clients: {made / seconds:.0f} tokens/s, "
-            f"{len(texts) / seconds:.1f} requests/s, median {waits[len(waits) // 2]:.2f} s, {dict(outcomes)}: {ratio:.1f} times (bar {BAR:g})",
+            f"{len(texts) / seconds:.1f} requests/s, median {waits[len(waits) // 2]:.2f} s, {dict(outcomes)}: "
+            f"{ratio:.1f} times (bar {BAR:g})",
             flush=True,
         )
         failed = ratio < BAR or set(outcomes) != {"ok"}
