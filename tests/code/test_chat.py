@@ -128,3 +128,35 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     read("\n> ")
     os.write(terminal, b"/stop\n")
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_names_of_the_registry_and_of_runs(tmp_path: Path, monkeypatch, adapter: Path) -> None:
+    import mlflow
+
+    from tasks.logged_models import log_chat_model
+    from tasks.tracking import open_store
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client, experiment = open_store("rlhf-pipeline")
+    with mlflow.start_run(experiment_id=experiment) as run:
+        logged = log_chat_model("export", Data(source_prefix="简短"), TINY, adapter)
+    with mlflow.start_run(experiment_id=experiment, tags={"glmflow.run.export": run.info.run_id}) as pipeline:
+        pass
+    version = mlflow.register_model(f"models:/{logged.model_id}", "policy").version
+    client.set_registered_model_alias("policy", "champion", version)
+    names = {
+        "models:/policy@champion": "policy/1",
+        "models:/policy/1": "policy/1",
+        f"runs:/{run.info.run_id}/export": f"runs:/{run.info.run_id}/export",
+        run.info.run_id: logged.model_id,
+        pipeline.info.run_id: logged.model_id,
+    }
+    for name, said in names.items():
+        found = resolve(name)
+        assert (found.data.source_prefix, found.version, len(found.adapters)) == ("简短", said, 1)
+        assert (Path(found.base) / "config.json").exists() and (
+            Path(found.adapters[0]) / "adapter_config.json"
+        ).exists()
+    assert found.load()[0].config.model_type == "glm"
+    with pytest.raises(InputError, match="alias"):
+        resolve("models:/policy@nobody")

@@ -272,7 +272,7 @@ def check_operation(operation, server: Running) -> None:
     wrong = operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
 
     @seed(0)
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=right | wrong)
     def run(case) -> None:
         if isinstance(case.body, dict):
