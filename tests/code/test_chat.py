@@ -46,14 +46,11 @@ def test_a_folder_a_pointer_an_adapter_and_a_hub_id(tmp_path: Path, adapter: Pat
     assert model.config.vocab_size >= len(tokenizer)
 
 
-def test_names_of_nothing_are_refused_with_what_to_do(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def test_names_of_nothing_are_refused_with_what_to_do(tmp_path: Path) -> None:
     cases = {
         "models/never-made": "glmflow run",
         "./nowhere": "no such folder",
         str(tmp_path): "neither a model",
-        "models:/nobody@champion": "not in the MLflow store",
-        "f" * 32: "no such run",
     }
     for name, said in cases.items():
         with pytest.raises(InputError, match=said):
@@ -158,5 +155,8 @@ def test_names_of_the_registry_and_of_runs(tmp_path: Path, monkeypatch, adapter:
             Path(found.adapters[0]) / "adapter_config.json"
         ).exists()
     assert found.load()[0].config.model_type == "glm"
-    with pytest.raises(InputError, match="alias"):
-        resolve("models:/policy@nobody")
+    for name, said in {"models:/policy@nobody": "alias", "models:/none/1": "not in the MLflow store"}.items():
+        with pytest.raises(InputError, match=said):
+            resolve(name)
+    with pytest.raises(InputError, match="no such run"):
+        resolve("f" * 32)
