@@ -8,7 +8,7 @@ import typer
 
 from glm.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The RLHF pipeline's own commands.")
+app = typer.Typer(no_args_is_help=True, help="The RLHF pipeline's own commands.")
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and clear the cache of tokenised ones.")
@@ -37,21 +37,95 @@ def data_clean(
     typer.echo(f"{len(removed)} sets removed from {cache_folder()}, {sum(removed.values()) / 1e6:,.1f} MB")
 
 
+MODEL_HELP = "folder, hub id, models:/NAME@champion, models:/NAME/3, or an MLflow run"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="adapter folder on it; several in their order")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0)]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def run(context: typer.Context) -> None:
+    """Run the pipeline; -S NAME=VALUE overrides a parameter, --help lists the options."""
+    from flows.rlhf_pipeline import main as run_pipeline
+
+    sys.argv = ["glmflow run", *context.args]
+    raise typer.Exit(run_pipeline())
+
+
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="adapter folder on it; several are applied in order")
-    ] = None,
-    system: Annotated[str, typer.Option(help="system prompt")] = "",
-    max_new_tokens: int = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.95,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.7,
+    model: Model = "models/export",
+    adapter: Adapters = None,
+    system: Annotated[str, typer.Option(help="system prompt; empty: the one of training, if any")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Temperature = 0.95,
+    top_p: TopP = 0.7,
+    seed: Annotated[int | None, typer.Option(help="for the same answers each time")] = None,
 ) -> None:
-    """Talk to a model in the terminal: `clear` forgets the dialogue, `stop` or Ctrl-D ends it."""
+    """Talk to a model in the terminal, or give it a question a line through a pipe."""
     from apps.chat import talk
+    from apps.models import resolve
 
-    talk(model, adapter or [], system, max_new_tokens, temperature, top_p)
+    talk(resolve(model, adapter or []), system, max_new_tokens, temperature, top_p, seed)
+
+
+@app.command()
+def serve(
+    model: Model = "models/export",
+    adapter: Adapters = None,
+    name: Annotated[str, typer.Option(help="of the model, for clients; empty: as it was named here")] = "",
+    system: Annotated[str, typer.Option(help="system prompt where a request has none")] = "",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="GLMFLOW_API_KEY", help="that clients must send")] = None,
+    allow_anonymous: Annotated[bool, typer.Option(help="no key, though other machines can reach it")] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="requests answered at once")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(min=32, help="tokens of prompt and answer; 2048, or less if the model has less")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait; then 429")] = 256,
+    max_body: Annotated[int, typer.Option(min=1000, help="bytes of a request")] = 2_000_000,
+    temperature: Temperature = 0.95,
+    top_p: TopP = 0.7,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
+    log_content: Annotated[bool, typer.Option(help="also log what is asked and answered")] = False,
+) -> None:
+    """Serve a model by OpenAI's HTTP interface; requests of many clients are answered together."""
+    from apps.models import resolve
+    from apps.serve.app import Options
+    from apps.serve.run import check_binding
+    from apps.serve.run import serve as run_server
+
+    check_binding(host, api_key, allow_anonymous)
+    resolved = resolve(model, adapter or [])
+    options = Options(
+        name=name or resolved.name,
+        source_prefix=system,
+        temperature=temperature,
+        top_p=top_p,
+        api_key=api_key,
+        max_body=max_body,
+        log_content=log_content,
+    )
+    run_server(
+        resolved,
+        options,
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        max_length=max_length,
+        max_waiting=max_waiting,
+        dtype=dtype,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Check Python, packages, hardware, servers and data, and say what to do; exit status 1 if something is wrong."""
+    from apps.doctor import main as examine
+
+    raise typer.Exit(examine())
 
 
 @app.command()
