@@ -28,13 +28,15 @@ LOG = ROOT / ".prefect" / "temporary-server.log"
 def prefect_api() -> Iterator[None]:
     """Within the block, flows find an API.
 
-    It is PREFECT_API_URL of the environment if that is set; else the server of `make deploy` if it answers; else a
-    server without pages and schedules, on the same database.
+    It is PREFECT_API_URL, of the environment or of `make deploy`, if that answers; else a server of this process,
+    without pages and schedules, on the project's own database.
     """
     deployed = PREFECT_API_URL.value()
-    if "PREFECT_API_URL" in os.environ or (deployed and is_up(deployed)):
+    if deployed and is_up(deployed):
         yield
         return
+    if "PREFECT_API_URL" in os.environ:
+        print(f"warning: Prefect at {deployed} does not answer: this run is recorded in .prefect/", file=sys.stderr)
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     options = ["--host", "127.0.0.1", "--port", str(port), "--no-ui", "--no-scheduler", "--no-late-runs"]
