@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import ROOT, guard
 from flows.interrupt import interruptible
@@ -33,7 +33,9 @@ def prefect_api() -> Iterator[None]:
     """
     deployed = PREFECT_API_URL.value()
     if deployed and is_up(deployed):
-        yield
+        # a server that goes away is given up within seconds, not minutes: the run can go on without it
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+            yield
         return
     if "PREFECT_API_URL" in os.environ:
         print(f"warning: Prefect at {deployed} does not answer: this run is recorded in .prefect/", file=sys.stderr)

@@ -85,9 +85,8 @@ def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
             git("worktree", "add", "--detach", str(root), "HEAD")
             load_params(root / "params.yaml", dict(overrides))
             share_cache(root)
-            if REMOTE in os.environ:
-                dvc(root, "fetch", "--run-cache", "--quiet", "--allow-missing")
-            dvc(root, "checkout", "--allow-missing", "--force", "--quiet")
+            bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
+            dvc(root, *bring, "--allow-missing", "--force", "--quiet")
             write_overrides(root / "params.yaml", overrides)
             yield root
             dvc(root, "exp", "save", "--force", "--name", name)

@@ -163,8 +163,11 @@ def test_a_worker_on_another_machine(project: Project, prefect_api: str, tmp_pat
     said = (elsewhere / "log").read_text()
     assert run.returncode == 0, run.stdout + run.stderr + said
     assert project.executed() == list(STEPS)
-    assert list(elsewhere.glob("*/dvc.yaml"))  # its own clone
-    assert not (project.root / "models").exists() and project.git("status", "--porcelain") == ""
+    assert (
+        not (project.root / ".worktrees").exists()
+        and not (project.root / "models").exists()
+        and project.git("status", "--porcelain") == ""
+    )
 
     name = last_run(prefect_api)["name"]
     project.env["GLMFLOW_DVC_REMOTE"] = str(remote)

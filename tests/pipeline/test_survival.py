@@ -48,7 +48,7 @@ def test_kill_9_at_random_moments(project: Project) -> None:
             victim = chance.choice(victims)
             print(f"trial {trial}: {' '.join(victim.cmdline())[-80:]}")
             victim.send_signal(signal.SIGKILL)
-        _, errors = flow.communicate(timeout=120)
+        _, errors = flow.communicate(timeout=300)
         assert flow.returncode in (0, 1, -signal.SIGKILL), errors
         project.assert_nothing_runs(30)
         project.flow()
@@ -76,10 +76,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 def test_the_prefect_server_dies_in_the_middle(project: Project, server: tuple[str, subprocess.Popen[str]]) -> None:
     project.env["PREFECT_API_URL"], process = server
     flow = project.start_flow(SLEEP_sft="2")
-    project.wait_for("sft")
+    project.wait_for("sft", seconds=180)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
-    output, errors = flow.communicate(timeout=180)
+    output, errors = flow.communicate(timeout=300)
     assert flow.returncode == 0, errors
     assert "Before and after" in output
     assert "going on without it" in errors
@@ -126,12 +126,12 @@ def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRe
     request.addfinalizer(lambda: subprocess.run(["umount", "--lazy", str(disk)], check=True))
     project: Project = request.getfixturevalue("project")
     flow = project.start_flow(SLEEP_sft="3")
-    project.wait_for("sft")
+    project.wait_for("sft", seconds=180)
     filler = project.root / "mlruns" / "filler"
     with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    _, errors = flow.communicate(timeout=120)
+    _, errors = flow.communicate(timeout=300)
     assert flow.returncode == 1, errors
     assert "No space left" in errors or "disk" in errors
     project.assert_nothing_runs()
