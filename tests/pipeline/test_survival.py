@@ -33,6 +33,7 @@ def assert_whole(project: Project) -> None:
     project.assert_nothing_runs()
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(project: Project) -> None:
     seed = int(os.environ.get("GLMFLOW_KILL_SEED", random.randrange(10**6)))
     print(f"GLMFLOW_KILL_SEED={seed}")
@@ -73,6 +74,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.terminate()
 
 
+@pytest.mark.slow
 def test_the_prefect_server_dies_in_the_middle(project: Project, server: tuple[str, subprocess.Popen[str]]) -> None:
     project.env["PREFECT_API_URL"], process = server
     flow = project.start_flow(SLEEP_sft="2")
@@ -94,6 +96,7 @@ def test_no_prefect_server_at_the_start(project: Project) -> None:
     assert project.executed() == list(STEPS)
 
 
+@pytest.mark.slow
 def test_worker_and_run_killed_together_leave_the_slot(deployed: Project) -> None:  # noqa: F811
     url = api(deployed)
     run = ["prefect", "deployment", "run", "rlhf-pipeline/default"]
