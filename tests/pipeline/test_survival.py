@@ -143,6 +143,7 @@ def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRe
     assert_whole(project)
 
 
+@pytest.mark.slow
 def test_a_corrupted_cache_entry(project: Project) -> None:
     project.flow()
     project.executed()
