@@ -159,6 +159,18 @@ def register() -> None:
 
 
 @app.command()
+def sync() -> None:
+    """Send to MLflow what steps kept while it could not be reached; close the runs of processes that were killed."""
+    from glm.config import load_params
+    from tasks.tracking import close_killed_runs, open_store
+    from tasks.unsent import send_unsent
+
+    client, experiment_id = open_store(load_params().tracking.experiment)
+    sent = send_unsent(client)
+    typer.echo(f"sent: {len(sent)}; closed as killed: {len(close_killed_runs(client, experiment_id))}")
+
+
+@app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="version of the registered model, or an alias such as challenger")],
     reason: Annotated[str, typer.Option(help="why; kept with the version")],

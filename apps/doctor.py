@@ -133,17 +133,15 @@ def tracked_data() -> Iterator[Finding]:
     from ruamel.yaml import YAML
 
     from glm.config import load_params
-    from glm.data.registry import find, read_registry
+    from glm.data.registry import read_registry
     from glm.errors import InputError
     from glm.files import file_hash
 
     try:
         data = load_params().data
-        registry = read_registry(Path(data.dataset_dir))
         uses = (data.text, data.sft, data.reward, data.ppo, data.kto)
         names = list(dict.fromkeys(name for use in uses for name in use))
-        for name in names:
-            find(registry, name, Path(data.dataset_dir))
+        read_registry(data.dataset_dir, names)
         yield Finding("ok", f"datasets registered: {', '.join(names)}")
     except (InputError, OSError) as error:
         yield Finding("fault", str(error), "`glmflow data check NAME` looks at a dataset")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 
 from flows import ROOT
 from flows.dvc_stage import stage_environment
@@ -50,6 +51,7 @@ def start(port: int) -> None:
     prefect(url, "work-pool", "create", POOL, "--type", "process", "--overwrite")
     prefect(url, "--no-prompt", "deploy", "--all")
     if not find("worker"):
+        close_dead_runs(url)
         launch("worker", ["worker", "start", "--pool", POOL], url)
     print(
         f"Prefect's pages: {url.removesuffix('/api')}   (logs: .prefect/server.log, .prefect/worker.log)\n\n"
@@ -107,6 +109,26 @@ def cancel_runs(url: str) -> None:
                 if run.state_type != StateType.CANCELLING:
                     client.set_flow_run_state(run.id, Cancelling())
             time.sleep(1)
+
+
+def close_dead_runs(url: str) -> list[str]:
+    """Mark as Crashed what a worker of this machine had begun and no process is at: killed together with its worker.
+
+    Such a run would stay "Running", and keep the deployment's one slot until its lease ends, some six minutes later.
+    Returns the names of the runs.
+    """
+    alive = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    closed = []
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=ACTIVE, work_pool_filter=pool):
+            if str(run.id) not in alive:
+                client.set_flow_run_state(run.id, Crashed(message="Its process was killed."), force=True)
+                closed.append(run.name)
+    return closed
 
 
 def prefect(url: str, *arguments: str) -> None:

@@ -11,6 +11,7 @@ time-out does nothing, and there is one GPU.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -33,7 +35,9 @@ from rich.console import Console
 from flows import ROOT, report
 from flows.dvc_stage import DvcCacheKey, RefusedError, StageError, output_hashes, reproduce, run_cache_key, unchanged
 from flows.interrupt import handle_ctrl_c, stop_if_asked
+from flows.notify import notify
 from flows.progress import Board
+from flows.run_page import write_page
 from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
@@ -87,7 +91,13 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
     return Completed(name="Cached", message="DVC has the outputs: nothing was executed", data=data)
 
 
-@flow(name="rlhf-pipeline")
+@flow(
+    name="rlhf-pipeline",
+    on_completion=[notify],
+    on_failure=[notify],
+    on_crashed=[notify],
+    on_cancellation=[notify],
+)
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """fetch, preprocess, base, SFT, reward model, PPO, evaluate, export; then register the result as challenger.
 
@@ -131,8 +141,18 @@ def run_stages(root: Path, name: str) -> dict[str, Any]:
             registered = register_result(str(root))
             line.state = "ran"
         summary = report.collect(root, board.steps, parent_run, registered)
+        write_report(root, name, parent_run, summary)
         report.publish(root, summary)
     return summary
+
+
+def write_report(root: Path, name: str, parent_run: str | None, summary: dict[str, Any]) -> None:
+    """Write reports/<run>.html in the checkout, for a run in a workspace too, and keep it with the run in MLflow."""
+    from tasks.tracking import keep_file
+
+    with chdir(root):
+        page = write_page(ROOT / "reports" / f"{name}.html", name, root, summary, load_params("params.yaml"))
+    keep_file(parent_run, page)
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
@@ -199,11 +219,25 @@ def main() -> int:
     except StageError as error:
         print(error, file=sys.stderr)
         return 1
+    except httpx.TransportError as error:
+        start_again(error)
     except KeyboardInterrupt:
         print("Stopped. Nothing is left running; the next run goes on from the last finished step.", file=sys.stderr)
         return 130
     report.show(summary, Console())
     return 0
+
+
+def start_again(error: httpx.TransportError) -> NoReturn:
+    """Run this command once more, in place of this process: its Prefect server has gone away.
+
+    What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
+    this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
+    """
+    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def quieten() -> None:

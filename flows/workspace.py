@@ -3,6 +3,9 @@
 Runs with overrides and runs of a deployment work here, so that no run edits the checkout. What one made is kept as a
 DVC experiment (`dvc exp show`; `dvc exp apply NAME` brings it into the checkout), and the folder is removed, also after
 a cancel. The folder of a run that was killed outright is removed when the next one begins: a kernel lock tells which.
+
+With GLMFLOW_DVC_REMOTE set, data and results of other machines are fetched from there before, and the experiment goes
+there and to git's `origin` after: `dvc exp pull origin NAME` brings it to any other checkout.
 """
 
 import fcntl
@@ -29,6 +32,7 @@ from glm.errors import InputError
 from glm.files import write_text
 
 FOLDER = ROOT / ".worktrees"
+REMOTE = "GLMFLOW_DVC_REMOTE"  # environment variable: where data and results come from and go to, s3://bucket/path
 NOT_CODE = ["dvc.lock"]  # changed by every run; whether it is committed makes no difference to a workspace
 
 
@@ -81,10 +85,13 @@ def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
             git("worktree", "add", "--detach", str(root), "HEAD")
             load_params(root / "params.yaml", dict(overrides))
             share_cache(root)
-            dvc(root, "checkout", "--allow-missing", "--force", "--quiet")
+            bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
+            dvc(root, *bring, "--allow-missing", "--force", "--quiet")
             write_overrides(root / "params.yaml", overrides)
             yield root
             dvc(root, "exp", "save", "--force", "--name", name)
+            if REMOTE in os.environ and "origin" in git("remote").split():
+                dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
         finally:
             remove(root)
 
@@ -94,6 +101,8 @@ def share_cache(root: Path) -> None:
     local = ROOT / ".dvc" / "config.local"
     if local.exists():
         shutil.copy(local, root / ".dvc" / "config.local")
+    if REMOTE in os.environ:
+        dvc(root, "remote", "add", "--local", "--default", "--force", "elsewhere", os.environ[REMOTE])
     cache = dvc(ROOT, "cache", "dir").strip()
     dvc(root, "config", "--local", "cache.dir", str((ROOT / cache).resolve()))
 

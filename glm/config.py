@@ -334,6 +334,11 @@ class Tracking(Section):
 
     experiment: str = Field("rlhf-pipeline", min_length=1)
     system_metrics: bool = True
+    webhook: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="gets a JSON message when a flow ends; GLMFLOW_WEBHOOK_URL comes before it",
+    )
 
 
 class Params(Section):
