@@ -178,14 +178,14 @@ class Progress:
 
 def main(step: str, run: Run, uses_torch: bool = True) -> None:
     """Run one stage in this process and exit. A stage without torch says so and starts two seconds earlier."""
-    _fix_environment()
+    fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("glm").setLevel(logging.INFO)  # what the library chose, a line a choice
         params = load_params()
         entry = stage_entry(step)
-        _seed_everything(params.seed, uses_torch)
+        seed_everything(params.seed, uses_torch)
         run_stage(step, run, params, entry)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -234,7 +234,7 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     tracker.update_parent("FINISHED", [*done, step])
 
 
-def _fix_environment() -> None:
+def fix_environment() -> None:
     """Same machine, same params.yaml, same bytes: set what is read when Python and the BLAS start, and start again.
 
     The order of sets reaches files (peft's target_modules, for one); a sum's rounding depends on how many threads split
@@ -254,7 +254,7 @@ def _fix_environment() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _seed_everything(seed: int, uses_torch: bool) -> None:
+def seed_everything(seed: int, uses_torch: bool) -> None:
     import numpy as np
 
     random.seed(seed)

@@ -1,0 +1,39 @@
+"""Registered model versions by their URI."""
+
+import re
+from typing import TYPE_CHECKING
+
+from glm.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL_URI = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
+
+
+def find_version(client: "MlflowClient", uri: str) -> "ModelVersion":
+    """The version that models:/NAME@ALIAS or models:/NAME/VERSION names.
+
+    Raises:
+        InputError: it is no such URI, or nothing is registered there; the message says what is.
+    """
+    from mlflow.exceptions import MlflowException
+
+    parts = MODEL_URI.fullmatch(uri)
+    if parts is None:
+        raise InputError(f"{uri!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = parts["name"], parts["alias"], parts["version"]
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException:
+        raise InputError(f"{uri}: not registered; {_registered(client, name)}") from None
+
+
+def _registered(client: "MlflowClient", name: str) -> str:
+    versions = sorted((int(found.version) for found in client.search_model_versions(f"name = '{name}'")), reverse=True)
+    if not versions:
+        names = [model.name for model in client.search_registered_models()]
+        return f"models there are: {', '.join(names)}" if names else "no model is registered yet"
+    aliases = client.get_registered_model(name).aliases
+    return f"{name} has versions {', '.join(map(str, versions[:10]))} and aliases {aliases}"
