@@ -338,7 +338,9 @@ class MetricGate(Section):
 class PromoteMetrics(Section):
     """The metrics of `python -m tasks.judge`, measured alike for challenger and champion, row by row."""
 
-    reward: MetricGate = Field(MetricGate(delta=0.0), description="of sampled answers, by the challenger's reward model")
+    reward: MetricGate = Field(
+        MetricGate(delta=0.0), description="of sampled answers, by the challenger's reward model"
+    )
     nats_per_character: MetricGate = Field(
         MetricGate(epsilon=0.1), description="loss on the reference answers; less is better, whatever the tokenizer"
     )
@@ -355,7 +357,9 @@ class Promote(Section):
     bootstrap_samples: int = Field(2000, ge=100)
     reward_accuracy_floor: float = Field(0.6, ge=0, le=1, description="held-out pairs that the reward model gets right")
     kl_ceiling: float | None = Field(25.0, gt=0, description="nats an answer from the SFT model; empty: none")
-    repetition_ceiling: float | None = Field(0.5, ge=0, le=1, description="share of an answer's token pairs seen before")
+    repetition_ceiling: float | None = Field(
+        0.5, ge=0, le=1, description="share of an answer's token pairs seen before"
+    )
     safety_words: str | None = Field("flows/safety_words.txt", description="file with a word or phrase a line")
     safety_ceiling: float = Field(0.0, ge=0, le=1, description="share of the answers that may hold such a word")
     latency_ceiling: float | None = Field(None, gt=0, description="median seconds of one answer alone; empty: none")

@@ -99,8 +99,9 @@ def open_champion(uri: str, data: Data) -> tuple[Contender, Data]:
 
     client = MlflowClient(store_uri())
     version = find_version(client, uri)
-    folder = Path(download_artifacts(version.source, tracking_uri=store_uri()))
-    flavor = YAML(typ="safe", pure=True).load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
+    folder = Path(download_artifacts(uri, tracking_uri=store_uri()))
+    described = YAML(typ="safe", pure=True).load((folder / "MLmodel").read_text(encoding="utf-8"))
+    flavor = described["flavors"]["python_function"]
     own = data.model_copy(update=flavor["config"]["data"])
     run_id = version.tags.get("glmflow.run.pipeline")
     known = client.get_run(run_id).data.params if run_id else {}
@@ -166,9 +167,7 @@ def answer(
     return found, statistics.median(seconds[1:])
 
 
-def nats_per_character(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", row: Row, data: Data
-) -> float:
+def nats_per_character(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", row: Row, data: Data) -> float:
     """The loss on a row's answer, its end included, over the answer's characters: comparable between tokenizers."""
     from glm.data.encode import IGNORED, dialogue
     from glm.training.sft import mean_loss

@@ -37,3 +37,25 @@ def _registered(client: "MlflowClient", name: str) -> str:
         return f"models there are: {', '.join(names)}" if names else "no model is registered yet"
     aliases = client.get_registered_model(name).aliases
     return f"{name} has versions {', '.join(map(str, versions[:10]))} and aliases {aliases}"
+
+
+def version_of_run(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion":
+    """The newest version of model `name` that a run made: a pipeline's run, or that of its export step.
+
+    Raises:
+        InputError: no such run, or it made no version; the message says what helps.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_run(run_id).data.tags
+    except MlflowException:
+        raise InputError(f"run {run_id}: not in the store; `make ui` lists the runs") from None
+    for key, value in {
+        "glmflow.run.pipeline": run_id,
+        "glmflow.run.export": tags.get("glmflow.run.export", run_id),
+    }.items():
+        found = client.search_model_versions(f"name = '{name}' AND tags.`{key}` = '{value}'")
+        if found:
+            return max(found, key=lambda version: int(version.version))
+    raise InputError(f"run {run_id} ({tags.get('glmflow.step', 'no step')}): no version of {name} was made by it")
