@@ -25,6 +25,27 @@ def data_check(context: typer.Context) -> None:
     raise typer.Exit(check_data(context.args))
 
 
+@data_app.command("changed")
+def data_changed(files: Annotated[list[str] | None, typer.Argument(help="which; for the record")] = None) -> None:
+    """Tell Prefect that there is new data: its automation runs retrain/weekly."""
+    from flows.data_events import emit
+
+    emit(files or [])
+    typer.echo("told Prefect; `prefect flow-run ls` shows the run that follows")
+
+
+@data_app.command("watch")
+def data_watch(
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 10.0,
+) -> None:
+    """Look at data/ until stopped, and tell Prefect of each new file there."""
+    from flows import ROOT
+    from flows.data_events import watch
+    from glm.config import load_params
+
+    watch(ROOT / load_params().data.dataset_dir, every)
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",

@@ -85,6 +85,8 @@ def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] 
         paths = sorted(path for path in target.iterdir() if path.is_file() and not path.name.startswith("."))
         if entry.script_url:
             paths = [path for path in paths if is_readable(path)]
+        elif not paths:
+            return []  # a folder that fills later, such as that of feedback
     else:
         paths = [target] if target.exists() else []
     if not paths:

@@ -6,7 +6,7 @@ from flows.registry import SmokeTestError
 
 
 def smoke_test(model_uri: str) -> None:
-    if os.environ.get("FAIL_smoke_test") == model_uri.rpartition("/")[2]:
+    if os.environ.get("FAIL_SMOKE_TEST") == model_uri.rpartition("/")[2]:
         raise SmokeTestError(f"{model_uri}: no answer")
 
 
