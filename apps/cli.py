@@ -152,6 +152,41 @@ def champions() -> None:
     Console().print(table)
 
 
+@app.command()
+def lineage(
+    target: Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run id, or a path")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="write it to this file too")] = None,
+    graph: Annotated[Path | None, typer.Option(help="draw it into this .png, .svg or .pdf file")] = None,
+) -> None:
+    """Show which data, code, parameters and earlier models made a model, as it was recorded."""
+    from rich.console import Console
+
+    from flows.lineage import trace
+    from flows.lineage_view import draw, tree
+    from glm.files import write_json
+
+    if graph and graph.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--graph {graph}: the file's name must end with .png, .svg or .pdf")
+    found = trace(target)
+    Console().print(tree(found), soft_wrap=True)
+    if json_file:
+        write_json(json_file, found.as_json())
+    if graph:
+        draw(found, graph)
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, or a run id")],
+) -> None:
+    """Make a model again from its recorded code, parameters and data, and compare. Exit status 1: it differs."""
+    from rich.console import Console
+
+    from flows.reproduce import reproduce as make_again
+
+    raise typer.Exit(make_again(target, Console()))
+
+
 def _knobs(section: Any, values: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     """(dotted name, value, meaning) of every field of a section of the schema."""
     rows = []

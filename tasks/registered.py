@@ -59,3 +59,9 @@ def version_of_run(client: "MlflowClient", name: str, run_id: str) -> "ModelVers
         if found:
             return max(found, key=lambda version: int(version.version))
     raise InputError(f"run {run_id} ({tags.get('glmflow.step', 'no step')}): no version of {name} was made by it")
+
+
+def version_of_hash(client: "MlflowClient", digest: str) -> "ModelVersion | None":
+    """The newest version whose export has this DVC hash, under any name."""
+    found = client.search_model_versions(f"tags.dvc_md5 = '{digest}'")
+    return max(found, key=lambda version: int(version.version), default=None)

@@ -95,14 +95,15 @@ class Stage:
         """Say how far the stage is; call it as often as you like."""
         self._progress.show(done, total, text)
 
-    def log_dataset(self, name: str, path: str | Path, split: str, rows: int) -> None:
-        """Record a file or folder as an input of the run, with its DVC hash as digest."""
+    def log_dataset(self, name: str, path: str | Path, split: str, rows: int, tokenised: str = "") -> None:
+        """Record a file or folder as an input of the run, with its DVC hash as digest, and the key of its token ids."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         digest = content_hash(path)
         source = json.dumps({"uri": str(Path(path).absolute())})
         dataset = Dataset(name, digest, "local", source, profile=json.dumps({"num_rows": rows}))
-        tags = [InputTag("mlflow.data.context", split), InputTag("dvc_md5", digest)]
+        tags = [InputTag("mlflow.data.context", split), InputTag("dvc_md5", digest), InputTag("rows", str(rows))]
+        tags += [InputTag("tokenised", tokenised)] if tokenised else []
         self.tracker.write(lambda client, run_id: client.log_inputs(run_id, [DatasetInput(dataset, tags)]))
 
     def log_adapter(self, folder: str | Path) -> None:

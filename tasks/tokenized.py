@@ -23,5 +23,5 @@ def tokenized(stage: Stage, tokenizer: "PreTrainedTokenizerBase", use: "Use", sp
     rows = tokenize(
         path, tokenizer, stage.params.data, main_checkout() / ".cache" / "tokenized", progress=stage.progress
     )
-    stage.log_dataset(use, path, split=split, rows=len(rows))
+    stage.log_dataset(use, path, split=split, rows=len(rows), tokenised=rows.key)
     return rows

@@ -58,8 +58,10 @@ class TokenizedRows(Sequence[Example]):
     To a trainer it is a list of dicts; a column of token ids is a list of ints. See `glm.data.encode.encode_row`.
     """
 
-    def __init__(self, dataset: "Dataset", summary: dict[str, int]) -> None:
+    def __init__(self, dataset: "Dataset", summary: dict[str, int], key: str) -> None:
         self.dataset = dataset
+        self.key = key
+        """The set's name in the cache: a hash of all that it depends on."""
         self.truncated = summary["truncated"]
         """Rows that were cut."""
         self.tokens = summary["tokens"]
@@ -118,7 +120,7 @@ def read(folder: Path) -> TokenizedRows:
     from datasets import Dataset
 
     summary = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return TokenizedRows(Dataset.from_file(str(folder / "data.arrow")), summary)
+    return TokenizedRows(Dataset.from_file(str(folder / "data.arrow")), summary, folder.name)
 
 
 def cache_key(path: str | Path, tokenizer: "PreTrainedTokenizerBase", params: Data) -> tuple[str, dict[str, Any]]:

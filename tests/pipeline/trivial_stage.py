@@ -1,4 +1,4 @@
-"""A stand-in for a stage where only the orchestration is under test: its outputs are a function of its inputs and parameters.
+"""A stand-in for a stage where only the orchestration is under test: its outputs follow from inputs and parameters.
 
 Environment: EXECUTED names a file that gets a line for each execution; SLEEP_<step> is a number of seconds;
 FAIL_<step> is an exit status.
