@@ -4,6 +4,7 @@ glmflow data changed data/feedback/today.jsonl     say so once, from a script, a
 glmflow data watch                                 say so for each new file in data/; `make deploy` starts it
 """
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from prefect.settings import PREFECT_API_URL
 from flows import ROOT
 from flows.server import is_up
 from glm.errors import InputError
+from glm.files import write_json
 
 EVENT = "glmflow.data.changed"
 RESOURCE = {"prefect.resource.id": "glmflow.data"}
 LOOK_SECONDS = 10.0
 
-Seen = dict[str, tuple[int, int]]  # size and time of change of each file
+SEEN = ROOT / ".prefect" / "data-seen.json"
+
+Files = dict[str, tuple[int, int]]  # size and time of change of each file
 
 
 def emit(files: Sequence[str]) -> None:
@@ -39,24 +43,33 @@ def emit(files: Sequence[str]) -> None:
 def watch(folder: Path, seconds: float = LOOK_SECONDS) -> None:
     """Look at `folder` every so many seconds and `emit` its new files, once they have stopped growing.
 
-    Files that were there at the start are not new, nor is one that grows later: for those the schedule is there.
+    New are those that `remember` did not note, also from a time when nobody watched. One that grows later is not: for
+    that the schedule is there.
     """
-    known = look(folder)
-    before = known
+    known = remember(folder)
+    before = look(folder)
     while True:
         time.sleep(seconds)
         now = look(folder)
         if new := settled(known, before, now):
             try:
                 emit(new)
-                known = known | {name: now[name] for name in new}
+                known |= set(new)
+                write_json(SEEN, sorted(known))
                 print(f"new data: {', '.join(new)}", flush=True)
             except InputError as error:
                 print(f"{error}; trying again", flush=True)
         before = now
 
 
-def look(folder: Path) -> Seen:
+def remember(folder: Path) -> set[str]:
+    """The files that are not new; at the first time all that are there."""
+    if not SEEN.exists():
+        write_json(SEEN, sorted(look(folder)))
+    return set(json.loads(SEEN.read_text(encoding="utf-8")))
+
+
+def look(folder: Path) -> Files:
     """Every file below a folder but hidden ones."""
     seen = {}
     for path in sorted(folder.rglob("*")):
@@ -66,6 +79,6 @@ def look(folder: Path) -> Seen:
     return seen
 
 
-def settled(known: Seen, before: Seen, now: Seen) -> list[str]:
+def settled(known: set[str], before: Files, now: Files) -> list[str]:
     """The files that are not `known` and did not change between two looks."""
     return [name for name, state in now.items() if name not in known and before.get(name) == state]

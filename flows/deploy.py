@@ -27,8 +27,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from flows import ROOT
+from flows.data_events import remember
 from flows.dvc_stage import stage_environment
 from flows.server import wait_until_up
+from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
 
@@ -52,6 +54,7 @@ def start(port: int) -> None:
     if not find("worker"):
         launch("worker", ["prefect", "worker", "start", "--pool", POOL], url)
     if not find("watcher"):
+        remember(ROOT / load_params(ROOT / "params.yaml").data.dataset_dir)
         launch("watcher", ["apps.cli", "data", "watch"], url)
     print(
         f"Prefect's pages: {url.removesuffix('/api')}   (logs: .prefect/server.log, .prefect/worker.log)\n\n"
@@ -176,8 +179,6 @@ def pages(port: int) -> None:
     if store.startswith("http"):
         print(f"The runs are on the tracking server: {store}")
         return
-    from glm.config import load_params
-
     open_store(load_params().tracking.experiment)  # makes the database if there is none yet
     print(f"MLflow's pages: http://127.0.0.1:{port}   (Ctrl-C ends them)", flush=True)
     arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
