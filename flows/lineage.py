@@ -176,7 +176,7 @@ def step_facts(client: "MlflowClient", run_id: str | None) -> dict[str, Any]:
     except MlflowException:
         run = None  # DVC restored the output, and the store that knew its run is another
     if run is None:
-        return {"run": run_id or "not recorded"}
+        return {"run": run_id}
     tokenised = []
     for item in run.inputs.dataset_inputs:
         tags = {tag.key: tag.value for tag in item.tags}

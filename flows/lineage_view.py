@@ -45,10 +45,11 @@ def lines_of(node: Node) -> list[str]:
         lines.append(f"{rows} rows")
     if "model" in facts:
         lines.append(f"model {facts['model']['path']} revision {facts['model']['revision'] or 'none'}")
-    if "run" in facts:
+    if facts.get("run"):
         lines.append(f"run {facts['run']}")
     if facts.get("machine"):
-        lines.append("on " + ", ".join(facts["machine"].values()))
+        words = (f"{key.removeprefix('machine.')} {value}" for key, value in facts["machine"].items())
+        lines.append("on " + ", ".join(words))
     if facts.get("metrics"):
         best = list(facts["metrics"].items())[:SHOWN_METRICS]
         lines.append(", ".join(f"{name} {value:.4g}" for name, value in best))
