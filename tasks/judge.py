@@ -55,7 +55,7 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
     asked, prompts = read_split(ROWS, "sft", "test"), read_split(ROWS, "ppo", "test")
     left_out = 0
     if champion:
-        contender, splits = open_champion(champion, params.data)
+        contender, splits = open_champion(champion, params)
         contenders.append(contender)
         left_out = len(asked) + len(prompts)
         asked, prompts = ([row for row in rows if is_test(row, splits)] for rows in (asked, prompts))
@@ -88,18 +88,18 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
     return summary
 
 
-def open_champion(uri: str, data: Data) -> tuple[Contender, Data]:
+def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
     """A registered model, and the parameters by which its own run split the data."""
-    from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
     from ruamel.yaml import YAML
 
     from tasks.registered import find_version
-    from tasks.tracking import store_uri
+    from tasks.tracking import open_store
 
-    client = MlflowClient(store_uri())
+    client, _ = open_store(params.tracking.experiment)
+    data = params.data
     version = find_version(client, uri)
-    folder = Path(download_artifacts(uri, tracking_uri=store_uri()))
+    folder = Path(download_artifacts(uri))
     described = YAML(typ="safe", pure=True).load((folder / "MLmodel").read_text(encoding="utf-8"))
     flavor = described["flavors"]["python_function"]
     own = data.model_copy(update=flavor["config"]["data"])
