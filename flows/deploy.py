@@ -28,8 +28,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 
 from flows import ROOT
+from flows.data_events import remember
 from flows.dvc_stage import stage_environment
 from flows.server import wait_until_up
+from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
 
@@ -46,18 +48,22 @@ STOP_SECONDS = 40  # a worker takes a run down with it, and a stage has ten seco
 
 
 def start(port: int) -> None:
-    """Start server and worker if they are not running, make the work pool, deploy, and say what to do next."""
+    """Start server, worker and the watcher of data/ if they are not running, deploy, and say what to do next."""
     url = ensure_server(port)
     prefect(url, "work-pool", "create", POOL, "--type", "process", "--overwrite")
     prefect(url, "--no-prompt", "deploy", "--all")
     if not find("worker"):
         close_dead_runs(url)
-        launch("worker", ["worker", "start", "--pool", POOL], url)
+        launch("worker", ["prefect", "worker", "start", "--pool", POOL], url)
+    if not find("watcher"):
+        remember(ROOT / load_params(ROOT / "params.yaml").data.dataset_dir)
+        launch("watcher", ["apps.cli", "data", "watch"], url)
     print(
         f"Prefect's pages: {url.removesuffix('/api')}   (logs: .prefect/server.log, .prefect/worker.log)\n\n"
         "Next, in this folder, with the environment active (. .venv/bin/activate):\n"
         "  prefect deployment run rlhf-pipeline/default -p overrides='{\"ppo.learning_rate\": 2e-5}'\n"
         "  prefect deployment schedule ls rlhf-pipeline/default     its weekly schedule is paused: schedule resume\n"
+        "  prefect deployment run retrain/weekly     new data, pipeline, gate; by itself for a new file in data/\n"
         "  make stop"
     )
 
@@ -66,7 +72,7 @@ def stop() -> None:
     """Cancel the run at work, stop the worker, then the server: a worker without a server waits for it."""
     if find("worker") and find("server"):
         cancel_runs(server_url())
-    stopped = [name for name in ("worker", "server") if end(name)]
+    stopped = [name for name in ("watcher", "worker", "server") if end(name)]
     PROFILE.unlink(missing_ok=True)
     print(f"Stopped: {', '.join(stopped)}." if stopped else "Nothing was running.")
 
@@ -83,7 +89,7 @@ def ensure_server(port: int = PORT) -> str:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise InputError(f"port {port} is taken by another program: choose another, make deploy PORT={port + 1}")
     url = f"http://127.0.0.1:{port}/api"
-    process = launch("server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)], url)
+    process = launch("server", ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], url)
     wait_until_up(url, process, log_file("server"))
     write_text(PROFILE, f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{url}"\n')
     return url
@@ -142,11 +148,11 @@ def prefect(url: str, *arguments: str) -> None:
 
 
 def launch(name: str, arguments: list[str], url: str) -> subprocess.Popen[str]:
-    """Start a command of Prefect in the background and record its process."""
+    """Start a Python module with its arguments in the background and record its process."""
     HOME.mkdir(exist_ok=True)
     with log_file(name).open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
+            [sys.executable, "-m", *arguments],
             cwd=ROOT,
             env=environment(url),
             stdin=subprocess.DEVNULL,
@@ -195,8 +201,6 @@ def pages(port: int) -> None:
     if store.startswith("http"):
         print(f"The runs are on the tracking server: {store}")
         return
-    from glm.config import load_params
-
     open_store(load_params().tracking.experiment)  # makes the database if there is none yet
     print(f"MLflow's pages: http://127.0.0.1:{port}   (Ctrl-C ends them)", flush=True)
     arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -13,7 +13,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -125,8 +125,11 @@ def check(overrides: dict[str, Any]) -> None:
         check_inputs(load_params("params.yaml", overrides))
 
 
-def run_stages(root: Path, name: str) -> dict[str, Any]:
-    """Run every stage in `root`, register the result, and report."""
+def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any]:
+    """Run every stage in `root`, register the result with its lineage, and report.
+
+    `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
+    """
     board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         for step, plan in STAGES.items():
@@ -138,9 +141,9 @@ def run_stages(root: Path, name: str) -> dict[str, Any]:
                 line.state = "cached" if state.name == "Cached" else "ran"
             done.append(step)
         with board.running("register") as line:
-            registered = register_result(str(root))
+            version = register_result(str(root), parent_run, ours)
             line.state = "ran"
-        summary = report.collect(root, board.steps, parent_run, registered)
+        summary = report.collect(root, board.steps, parent_run, version)
         write_report(root, name, parent_run, summary)
         report.publish(root, summary)
     return summary
@@ -156,14 +159,19 @@ def write_report(root: Path, name: str, parent_run: str | None, summary: dict[st
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register_result(root: str) -> str:
-    """Register the exported model in MLflow as challenger, once for each export. Returns what it is called there."""
-    from flows.registry import CHALLENGER, register
+def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ()) -> str:
+    """Register the exported model in MLflow as challenger, once for each export, and record what it was made from.
+
+    Returns the version's number.
+    """
+    from flows.registry import register
+    from tasks.record import keep_record
 
     with chdir(root):
         params = load_params("params.yaml")
         version = register("models/export", report.read_json(Path("runs/export.json"))["run_id"], params)
-    return f"{params.promote.model_name} version {version}, alias {CHALLENGER}"
+        keep_record(params, version, parent_run, ours)
+    return version
 
 
 @contextmanager

@@ -73,11 +73,22 @@ def uncommitted() -> list[str]:
 
 @contextmanager
 def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
-    """A worktree of HEAD with `overrides` in its params.yaml. A block that ends well is kept as DVC experiment `name`.
+    """A worktree of HEAD with `overrides` in its params.yaml, and what HEAD's dvc.lock says was made.
+
+    A block that ends well is kept as DVC experiment `name`.
 
     Raises:
         InputError: the overridden parameters are not valid.
     """
+    with worktree(name, overrides) as root:
+        restore(root)
+        yield root
+        keep(root, name)
+
+
+@contextmanager
+def worktree(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
+    """A worktree of HEAD with `overrides` in its params.yaml, without any output or data of DVC's yet."""
     remove_leftovers()
     root = FOLDER / name
     with guard.lock(lock_file(root)):
@@ -85,15 +96,23 @@ def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
             git("worktree", "add", "--detach", str(root), "HEAD")
             load_params(root / "params.yaml", dict(overrides))
             share_cache(root)
-            bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
-            dvc(root, *bring, "--allow-missing", "--force", "--quiet")
             write_overrides(root / "params.yaml", overrides)
             yield root
-            dvc(root, "exp", "save", "--force", "--name", name)
-            if REMOTE in os.environ and "origin" in git("remote").split():
-                dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
         finally:
             remove(root)
+
+
+def restore(root: Path) -> None:
+    """Bring what DVC tracks in the worktree out of the cache, or the remote of REMOTE, as far as it is there."""
+    bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
+    dvc(root, *bring, "--allow-missing", "--force", "--quiet")
+
+
+def keep(root: Path, name: str) -> None:
+    """Keep the state of the worktree as a DVC experiment, and send it where other machines find it."""
+    dvc(root, "exp", "save", "--force", "--name", name)
+    if REMOTE in os.environ and "origin" in git("remote").split():
+        dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
 
 
 def share_cache(root: Path) -> None:

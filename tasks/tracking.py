@@ -111,6 +111,20 @@ def start_parent_run(params: Params, run_name: str | None = None, tags: Mapping[
         return None
 
 
+def parent_of(run_id: str | None) -> str | None:
+    """The pipeline's run above a step's; None where the store does not know."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        parent: str | None = MlflowClient(store_uri()).get_run(run_id).data.tags.get("mlflow.parentRunId")
+        return parent
+    except MlflowException:
+        return None
+
+
 def finish_parent_run(
     run_id: str | None, status: str, steps: Iterable[str], artifacts: Iterable[str | Path] = ()
 ) -> None:

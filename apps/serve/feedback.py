@@ -1,6 +1,6 @@
 """What people think of answers, as rows that training takes: data/feedback/labels.jsonl and pairs.jsonl.
 
-Both are datasets of data/dataset_info.json, `feedback_labels` (for data.kto) and `feedback_pairs` (for data.reward).
+The folder is the dataset `feedback` of data/dataset_info.json, for data.kto (labels) and data.reward (pairs).
 """
 
 import fcntl

@@ -16,8 +16,8 @@ from schemathesis import openapi
 
 from apps.serve.app import Options, create_app
 from apps.serve.run import check_binding
-from glm.data.formats import read_rows
-from glm.data.registry import find, read_registry
+from glm.data.raw_rows import read_rows
+from glm.data.registry import read_registry
 from glm.errors import InputError
 from glm.models import load_model, load_tokenizer
 from glm.serving.engine import Engine
@@ -222,7 +222,7 @@ def test_who_goes_away_frees_the_place_and_a_full_queue_is_said(tmp_path: Path) 
         assert "glmflow_requests_running 0.0" in metrics
 
 
-def test_feedback_becomes_rows_that_training_takes(server: Running, tmp_path: Path) -> None:
+def test_feedback_becomes_rows_that_training_takes(server: Running) -> None:
     answer = ask(server, n=2, temperature=1, top_p=1, seed=1)
     texts = [choice.message.content for choice in answer.choices]
 
@@ -239,22 +239,19 @@ def test_feedback_becomes_rows_that_training_takes(server: Running, tmp_path: Pa
 
     files = {path.name: path for path in server.feedback.iterdir()}
     assert set(files) == {"labels.jsonl", "pairs.jsonl"}
-    registry = read_registry(Path("data"))
-    [labelled] = rows(registry, "feedback_labels", files["labels.jsonl"], tmp_path, "kto")
+    [labelled] = rows(server.feedback, "kto")
     assert (labelled["prompt"], labelled["answer"], labelled["label"]) == (QUESTION, texts[0], True)
-    pair, better = rows(registry, "feedback_pairs", files["pairs.jsonl"], tmp_path, "reward")
+    pair, better = rows(server.feedback, "reward")
     assert pair["answers"] == [texts[1], texts[0]] and better["answers"] == ["房间很好。", texts[1]]
     kept = json.loads(files["pairs.jsonl"].read_text().splitlines()[0])
     assert (kept["id"], kept["model_version"]) == (answer.id, "tiny/1")
 
 
-def rows(registry, name: str, file: Path, tmp_path: Path, use: str) -> list[dict]:
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / file.name).write_bytes(file.read_bytes())
-    read = list(read_rows(name, find(registry, name, Path("data")), folder, use))
-    assert all(one.row for one in read), read
-    return [one.row for one in read]
+def rows(folder: Path, use: str) -> list[dict]:
+    """The rows of this use; those of the other kind are dropped, and none is broken."""
+    read = list(read_rows("feedback", read_registry(Path("data"), ["feedback"])["feedback"], folder, use))
+    assert not any(one.broken for one in read), read
+    return [one.row for one in read if one.row]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -49,7 +49,8 @@ def test_deployment(deployed: Project) -> None:
     assert url.removesuffix("/api") in deploy(deployed, "start")
     assert server == (deployed.root / ".prefect" / "server.json").read_text()
     assert worker == (deployed.root / ".prefect" / "worker.json").read_text()
-    (deployment,) = query(url, "deployments/filter", {})
+    deployment, retraining = query(url, "deployments/filter", {"sort": "NAME_ASC"})
+    assert retraining["name"] == "weekly" and not retraining["schedules"][0]["active"]
     assert deployment["name"] == "default" and deployment["work_pool_name"] == "local"
     (schedule,) = deployment["schedules"]
     assert schedule["schedule"]["cron"] == "0 3 * * 0" and not schedule["active"]
@@ -79,7 +80,7 @@ def test_deployment(deployed: Project) -> None:
     # stopping takes the run at work along
     deployed.command(*run, "overrides={}")
     deployed.wait_for("sft", seconds=90)
-    assert "worker, server" in deploy(deployed, "stop")
+    assert "watcher, worker, server" in deploy(deployed, "stop")
     deployed.assert_nothing_runs()
     assert "Nothing" in deploy(deployed, "stop")
     assert not (deployed.root / ".prefect" / "profiles.toml").exists()
