@@ -74,6 +74,14 @@ def run(context: typer.Context) -> None:
     raise typer.Exit(run_pipeline())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def compare(context: typer.Context) -> None:
+    """Run methods, algorithms or other variants of the parameters on the same data, in one table; --help lists more."""
+    from flows.compare_methods import main as compare_variants
+
+    raise typer.Exit(compare_variants(context.args))
+
+
 @app.command()
 def chat(
     model: Model = "models/export",

@@ -1,8 +1,7 @@
 """SFT and reward training, from transformers + PEFT as shipped to this project's path, one change at a time.
 
-    python benchmarks/sft.py                          # the whole table, under four minutes on one H100
+    python benchmarks/sft.py                          # the whole table; its nf4, fp4 and int8 need bitsandbytes
     python benchmarks/sft.py --only final,selective   # single rows
-    python benchmarks/sft.py --only nf4               # needs bitsandbytes
     python benchmarks/sft.py --cpu                    # packed against padded on the embedded model and its data
 
 On the GPU: a ChatGLM2-6B shape (6.2 B parameters, random weights, bfloat16), LoRA r=8 on query_key_value (q, k and v),
@@ -18,7 +17,6 @@ import argparse
 import gc
 import logging
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -30,26 +28,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from rich.console import Console
-from transformers import (
-    GlmConfig,
-    GlmForCausalLM,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from shapes import LENGTHS, chatglm1, chatglm2, examples, pairs, prefix_examples, quantize
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from glm.config import Reward, Sft, load_params
 from glm.data.collate import pad, pad_ids
 from glm.models.adapters import add_lora
 from glm.training import reward, sft
 
-LENGTHS = "log-normal (5.07, 0.7), 24 to 1,024"
-EXAMPLES = 3000
 WINDOW = 4  # optimizer steps between two readings of the clock
-CHATGLM2 = {"vocab_size": 65024, "rms_norm_eps": 1e-5, "eos_token_id": 2, "pad_token_id": 0, "attention_bias": True}
 TOKENIZER = SimpleNamespace(pad_token_id=0)  # all that training asks of a tokenizer
+Rows = Callable[[], list[dict[str, Any]]]
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 32, "lora_target": ["query_key_value"], "lora_dropout": 0.0}
 EVERY: dict[str, Any] = {"learning_rate": 1e-4, "logging_steps": WINDOW, "lr_scheduler_type": "constant"}
 PADDED: dict[str, Any] = {"packing": False, "torch_compile": False, "per_device_train_batch_size": 4}
@@ -57,7 +46,7 @@ PACKED: dict[str, Any] = {"tokens_per_step": 4096, "tokens_per_forward": 4096}
 FINAL: dict[str, Any] = {**PACKED, "torch_compile": True, "activation_checkpointing": "none"}
 
 # name → (what changed against the row before, values of the section, optimizer steps: a multiple of WINDOW)
-ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
+PATH: dict[str, tuple[str, dict[str, Any], int]] = {
     "padded": (
         "our padded run: batch 4, loss at labels only, LoRA multiplied in bf16",
         {**PADDED, "activation_checkpointing": "full", "lora_dropout": 0.1},
@@ -76,64 +65,17 @@ ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "full": ("+ layers compiled", {**FINAL, "activation_checkpointing": "full"}, 16),
     "selective": ("+ selective checkpointing", {**FINAL, "activation_checkpointing": "selective"}, 16),
     "final": ("+ no checkpointing", FINAL, 20),
-    "rows-2048": ("the same step in rows of 2,048", {**FINAL, "tokens_per_forward": 2048}, 16),
-    "auto": ("`final` with the choice of checkpointing left to `auto`", {**PACKED, "torch_compile": True}, 16),
 }
-
-
-def length(rng: random.Random) -> int:
-    return int(min(1024, max(24, rng.lognormvariate(5.07, 0.7))))
-
-
-def examples(count: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Random tokens of the stated lengths; labels on the last three quarters."""
-    rng, found = random.Random(0), []
-    for size in [length(rng) for _ in range(count)]:
-        ids = [rng.randrange(100, 64000) for _ in range(size)]
-        found.append({"input_ids": ids, "labels": [-100] * (size // 4) + ids[size // 4 :]})
-    return found
-
-
-def pairs() -> list[dict[str, Any]]:
-    """The same sequences, two to a ranking."""
-    ids = [example["input_ids"] for example in examples()]
-    return [{"sequences": [better, worse]} for better, worse in zip(ids[::2], ids[1::2], strict=True)]
-
-
-def base_model(layers: int) -> PreTrainedModel:
-    """Random weights of standard deviation 0.02, made on the GPU."""
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    config = GlmConfig(num_hidden_layers=layers, rope_parameters=rope, **CHATGLM2)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return GlmForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def quantize(model: PreTrainedModel) -> None:
-    """Put the layers' linears into bitsandbytes' nf4, in place, as `load_model(quantization="nf4")` has them."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from torch import nn
-
-    for name, linear in list(model.base_model.layers.named_modules()):
-        if isinstance(linear, nn.Linear):
-            with torch.device("meta"):
-                small = Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16,
-                    compress_statistics=True, quant_type="nf4",
-                )  # fmt: skip
-            weight = linear.weight.data.cpu()
-            small.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").cuda()
-            small.bias = linear.bias
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.base_model.layers.get_submodule(parent), leaf, small)
-            linear.weight = None
-    model.is_loaded_in_4bit = True  # what PEFT looks at
-    gc.collect()
-    torch.cuda.empty_cache()
+# What else can be chosen, each against `final`.
+OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "eager": ("layers not compiled", {**FINAL, "torch_compile": False}, 12),
+    "rows-2048": ("the same step in rows of 2,048", {**FINAL, "tokens_per_forward": 2048}, 16),
+    "flex": ("attn_implementation flex_attention", {**FINAL, "attn_implementation": "flex_attention"}, 16),
+    "all-linear": ("LoRA on all linear layers", {**FINAL, "lora_target": "all-linear"}, 16),
+}
+AUTO: dict[str, Any] = {**FINAL, "activation_checkpointing": "auto"}
+BUDGETS = (32, 20, 15)  # GB, within which `auto` has to choose
+QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 12}
 
 
 def matmul_limit(parameters: int) -> tuple[float, float]:
@@ -150,9 +92,16 @@ def matmul_limit(parameters: int) -> tuple[float, float]:
     return speed, speed / (4 * parameters)
 
 
-def ours(model: PreTrainedModel, values: dict[str, Any], steps: int, *, stage: str = "sft") -> dict[str, float]:
-    """Medians over the windows after the first, when code is compiled and memory found."""
+def ours(
+    model: PreTrainedModel, values: dict[str, Any], steps: int, *, data: Rows = examples, gigabytes: float | None = None
+) -> dict[str, float]:
+    """Medians over the windows after the first, when code is compiled and memory found.
+
+    The process may hold no more than `gigabytes`, weights and all that the allocator keeps included.
+    """
     windows: list[dict[str, float]] = []
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.memory.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes * 1e9 / whole)
     torch.cuda.reset_peak_memory_stats()
 
     def speed(step: int, values: dict[str, float]) -> None:
@@ -161,14 +110,15 @@ def ours(model: PreTrainedModel, values: dict[str, Any], steps: int, *, stage: s
     options: dict[str, Any] = {
         "seed": 0, "log": lambda step, values: None, "log_speed": speed, "progress": lambda done, total: None,
     }  # fmt: skip
-    lora = Sft.model_validate({**LORA, **EVERY, **values, "max_steps": steps} if stage == "sft" else LORA)
-    if stage == "sft":
-        adapted, _ = sft.train(model, TOKENIZER, examples(), [], lora, **options)
-        adapted.unload()
-    else:
+    if data is pairs:
         params = Reward.model_validate({**EVERY, **values, "max_steps": steps})
-        trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, lora=lora, sft_adapter=None, **options)
+        shape = Sft.model_validate(LORA)
+        trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, shape=shape, **options)
         trained.backbone.unload()
+    else:
+        params = Sft.model_validate({**LORA, **EVERY, **values, "max_steps": steps})
+        adapted, _ = sft.train(model, TOKENIZER, data(), [], params, **options)
+        adapted.unload()
     kept = windows[1:]
     return {name: statistics.median(window[name] for window in kept) for name in kept[0]}
 
@@ -232,8 +182,8 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     logging.basicConfig(format="  (%(message)s)")
     logging.getLogger("glm").setLevel(logging.INFO)
     began = time.perf_counter()
-    model = base_model(layers)
-    parameters = sum(p.numel() for p in model.parameters())
+    models = {"chatglm2": chatglm2(layers)}
+    parameters = sum(p.numel() for p in models["chatglm2"].parameters())
     speed, limit = matmul_limit(parameters)
     mean = statistics.mean(len(example["input_ids"]) for example in examples())
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
@@ -243,15 +193,23 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     console.print("| row | what | tokens/s | examples/s | peak GB | of limit |")
     console.print("| --- | --- | ---: | ---: | ---: | ---: |")
 
-    def row(name: str, what: str, measure: Callable[[], dict[str, float]]) -> None:
+    def row(name: str, what: str, measure: Callable[[PreTrainedModel], dict[str, float]], kind: str) -> None:
         if name not in only:
             return
-        gc.collect()
-        torch.cuda.empty_cache()
         start = time.perf_counter()
         try:
-            found = measure()
+            if kind not in models:
+                models.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.memory.set_per_process_memory_fraction(1.0)
+                models[kind] = chatglm1(layers) if kind == "chatglm1" else quantize(chatglm2(layers), kind)
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.compiler.reset()  # a row compiles as a process of its own would
+            found = measure(models[kind])
         except Exception as error:  # one row that fails must not take the others with it
+            models.pop(kind, None)
             console.print(f"| {name} | {what} | {type(error).__name__}: {str(error)[:300]} | | | |")
             return
         tokens = found["tokens_per_second"]
@@ -262,25 +220,36 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
         console.print(f"  ({name}: {time.perf_counter() - start:.0f} s)", style="dim", highlight=False)
 
     reference = Sft.model_validate({**LORA, "lora_dropout": 0.1})  # the reference's defaults
-    measure = partial(stock, model, examples(), reference, batch_size=4, steps=16, first=6)
-    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", measure)
-    for name, (what, values, steps) in ROWS.items():
-        row(name, what, partial(ours, model, values, steps))
-    row("reward", "reward model on pairs, as `final`", partial(ours, model, FINAL, 16, stage="reward"))
-    if "nf4" in only:
-        quantize(model)
-        for name, compiled in (("nf4-eager", False), ("nf4", True)):
-            values = {**FINAL, "activation_checkpointing": "full", "torch_compile": compiled}
-            row(name, f"nf4 base, as `full`, compiled: {compiled}".lower(), partial(ours, model, values, 16))
+    shipped = partial(stock, rows=examples(), lora=reference, batch_size=4, steps=16, first=6)
+    row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", shipped, "chatglm2")
+    for name, (what, values, steps) in (PATH | OTHERS).items():
+        row(name, what, partial(ours, values=values, steps=steps), "chatglm2")
+    row("reward", "reward model on pairs, as `final`", partial(ours, values=FINAL, steps=16, data=pairs), "chatglm2")
+    for size in BUDGETS:
+        within = partial(ours, values=AUTO, steps=16, gigabytes=size)
+        row(f"within-{size}", f"`auto` where the process gets {size} GB", within, "chatglm2")
+    for kind, size in QUANTIZED.items():
+        within = partial(ours, values=AUTO, steps=16, gigabytes=size)
+        row(f"{kind}-{size}", f"{kind} base, `auto` where the process gets {size} GB", within, kind)
+        row(kind, f"{kind} base, as `final`", partial(ours, values=FINAL, steps=16), kind)
+        eager = {**FINAL, "activation_checkpointing": "full", "torch_compile": False}
+        row(
+            f"{kind}-eager",
+            f"{kind} base, full checkpointing, not compiled",
+            partial(ours, values=eager, steps=12),
+            kind,
+        )
+    padded, packed = (partial(ours, steps=12, data=prefix_examples, values=v) for v in (PATH["padded"][1], FINAL))
+    row("chatglm1-padded", "ChatGLM-6B, as `padded`", padded, "chatglm1")
+    row("chatglm1", "ChatGLM-6B, as `final`", packed, "chatglm1")
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 
 def cpu(steps: int, console: Console) -> None:
     """Examples a second on the stages' own parameters, model and rows, one thread; the ways take turns, five times."""
-    from glm.data.encode import dialogue
+    from glm.data.encode import dialogue, rankings
     from glm.data.rows import read_split
     from tasks.base_model import load_base
-    from tasks.reward import rankings
 
     torch.set_num_threads(1)
     params = load_params("params.yaml")
@@ -307,7 +276,7 @@ def cpu(steps: int, console: Console) -> None:
         if name == "sft":
             sft.train(model, tokenizer, dialogues, [], section, **options)
         else:
-            reward.train(model, tokenizer, ranked, [], section, lora=params.sft, sft_adapter=None, **options)
+            reward.train(model, tokenizer, ranked, [], section, shape=params.sft, **options)
         return speeds[-1]
 
     ways: dict[str, Callable[[], float]] = {
@@ -330,9 +299,11 @@ def cpu(steps: int, console: Console) -> None:
 
 
 def main() -> None:
-    names = ["stock", *ROWS, "reward"]
+    names = ["stock", *PATH, *OTHERS, "reward", *(f"within-{size}" for size in BUDGETS)]
+    names += [f"{kind}{way}" for kind, size in QUANTIZED.items() for way in (f"-{size}", "", "-eager")]
+    names += ["chatglm1-padded", "chatglm1"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(names), help=f"rows, by comma: {', '.join(names)}, nf4")
+    parser.add_argument("--only", default=",".join(names), help=f"rows, by comma: {', '.join(names)}")
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
     parser.add_argument("--free", action="store_true", help="without the determinism switches of a stage")
     parser.add_argument("--cpu", action="store_true")

@@ -140,12 +140,19 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
         curves = root / "plots" / f"{step['name']}.csv"
         if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
             create_image_artifact(
-                curves_url(curves), key=f"curves-{step['name']}", description=f"Curves of {step['name']}"
+                curves_url(curves), key=artifact_key("curves", step["name"]), description=f"Curves of {step['name']}"
             )
     runs = {step["name"]: step.get("run_id") for step in summary["steps"]} | {"pipeline": summary["parent_run"]}
     for name, run_id in runs.items():
         if run_id:
-            create_link_artifact(f"{mlflow_pages()}/#/runs/{run_id}", f"{name} in MLflow", key=f"mlflow-{name}")
+            create_link_artifact(
+                f"{mlflow_pages()}/#/runs/{run_id}", f"{name} in MLflow", key=artifact_key("mlflow", name)
+            )
+
+
+def artifact_key(what: str, step: str) -> str:
+    """Prefect takes small letters, digits and dashes."""
+    return f"{what}-{step.replace('_', '-')}"
 
 
 def markdown(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,6 +61,7 @@ STAGES = {
     "preprocess": Plan(6 * HOUR),
     "base": Plan(12 * HOUR, retries=2),
     "sft": Plan(168 * HOUR),
+    "evaluate_sft": Plan(24 * HOUR),
     "reward": Plan(168 * HOUR),
     "ppo": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
@@ -99,7 +100,7 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
     on_cancellation=[notify],
 )
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """fetch, preprocess, base, SFT, reward model, PPO, evaluate, export; then register the result as challenger.
+    """Every stage from fetch to export; then register the result as challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with
@@ -132,14 +133,7 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any
     """
     board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        for step, plan in STAGES.items():
-            run = stage.with_options(name=step, task_run_name=step, retries=plan.retries)
-            with board.running(step) as line:
-                stop_if_asked()
-                state = run(step, str(root), plan.time_limit, parent_run or "", return_state=True)
-                state.result()  # raises what the stage raised
-                line.state = "cached" if state.name == "Cached" else "ran"
-            done.append(step)
+        run_steps(list(STAGES), root, board, parent_run, done)
         with board.running("register") as line:
             version = register_result(str(root), parent_run, ours)
             line.state = "ran"
@@ -156,6 +150,18 @@ def write_report(root: Path, name: str, parent_run: str | None, summary: dict[st
     with chdir(root):
         page = write_page(ROOT / "reports" / f"{name}.html", name, root, summary, load_params("params.yaml"))
     keep_file(parent_run, page)
+
+
+def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
+    """Run stages in `root`, in order; each is added to `done` when it is. Raises what a stage raised."""
+    for step in steps:
+        run = stage.with_options(name=step, task_run_name=step, retries=STAGES[step].retries)
+        with board.running(step) as line:
+            stop_if_asked()
+            state = run(step, str(root), STAGES[step].time_limit, parent_run or "", return_state=True)
+            state.result()
+            line.state = "cached" if state.name == "Cached" else "ran"
+        done.append(step)
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
@@ -175,15 +181,21 @@ def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ())
 
 
 @contextmanager
-def mlflow_parent(root: Path, name: str) -> Iterator[tuple[str | None, list[str]]]:
+def mlflow_parent(
+    root: Path, name: str, tags: Mapping[str, str] | None = None, key: str | None = None
+) -> Iterator[tuple[str | None, list[str]]]:
     """The MLflow run whose children are the stages' runs (None if MLflow is out of order), and the steps done so far.
 
-    It is closed as FINISHED, FAILED or KILLED.
+    It is closed as FINISHED, FAILED or KILLED. In a workspace it is named and tagged as the DVC experiment. `tags` and
+    `key` as for `start_parent_run`.
     """
     from tasks.tracking import finish_parent_run, start_parent_run  # MLflow takes 2 s to import
 
+    known = {"glmflow.flow_run_id": str(flow_run.id)}
+    if root != ROOT:
+        known["glmflow.dvc_exp_name"] = name
     with chdir(root):
-        run_id = start_parent_run(load_params("params.yaml"), name, {"glmflow.flow_run_id": str(flow_run.id)})
+        run_id = start_parent_run(load_params("params.yaml"), name, known | dict(tags or {}), key)
     done: list[str] = []
     status = "KILLED"
     try:
@@ -194,7 +206,8 @@ def mlflow_parent(root: Path, name: str) -> Iterator[tuple[str | None, list[str]
         raise
     finally:
         with chdir(root):
-            finish_parent_run(run_id, status, done, ["reports/evaluate"] if "evaluate" in done else [])
+            reports = [f"reports/{step}" for step in ("evaluate_sft", "evaluate") if step in done]
+            finish_parent_run(run_id, status, done, reports)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -72,18 +72,25 @@ def uncommitted() -> list[str]:
 
 
 @contextmanager
-def workspace(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
+def workspace(
+    name: str, overrides: Mapping[str, Any], steps: Sequence[str] = (), like: str | None = None
+) -> Iterator[Path]:
     """A worktree of HEAD with `overrides` in its params.yaml, and what HEAD's dvc.lock says was made.
 
     A block that ends well is kept as DVC experiment `name`.
+
+    `steps` are the stages that the experiment holds; all of them if empty. What an earlier experiment `name` on the
+    same commit, or else `like`, has made is there from the start; DVC says what of it is current.
 
     Raises:
         InputError: the overridden parameters are not valid.
     """
     with worktree(name, overrides) as root:
+        if earlier := lock_of(name) or (lock_of(like) if like else ""):
+            write_text(root / "dvc.lock", earlier)
         restore(root)
         yield root
-        keep(root, name)
+        keep(root, name, steps)
 
 
 @contextmanager
@@ -108,11 +115,18 @@ def restore(root: Path) -> None:
     dvc(root, *bring, "--allow-missing", "--force", "--quiet")
 
 
-def keep(root: Path, name: str) -> None:
-    """Keep the state of the worktree as a DVC experiment, and send it where other machines find it."""
-    dvc(root, "exp", "save", "--force", "--name", name)
+def keep(root: Path, name: str, steps: Sequence[str] = ()) -> None:
+    """Keep the state of the worktree as a DVC experiment, of `steps` only, and send it where other machines find it."""
+    dvc(root, "exp", "save", "--force", "--name", name, *steps)
     if REMOTE in os.environ and "origin" in git("remote").split():
         dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
+
+
+def lock_of(experiment: str) -> str:
+    """dvc.lock of a DVC experiment on the last commit; empty if there is none."""
+    head = git("rev-parse", "HEAD").strip()
+    commit = git("for-each-ref", "--format=%(objectname)", f"refs/exps/{head[:2]}/{head[2:]}/{experiment}").strip()
+    return git("show", f"{commit}:dvc.lock") if commit else ""
 
 
 def share_cache(root: Path) -> None:

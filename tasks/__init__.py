@@ -3,4 +3,5 @@
 A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and writes. No algorithm lives here.
 """
 
-STEPS = ("fetch", "preprocess", "base", "sft", "reward", "ppo", "evaluate", "export")  # in the order they run
+# In the order they run.
+STEPS = ("fetch", "preprocess", "base", "sft", "evaluate_sft", "reward", "ppo", "evaluate", "export")

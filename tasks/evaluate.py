@@ -1,76 +1,67 @@
 """Compare base, SFT and PPO on the test split.
 
-Loss on the reference answers, BLEU and ROUGE of greedy answers, reward and KL of sampled ones. Writes reports/evaluate:
-predictions.jsonl (every greedy answer with its row id and reference) and samples.json (three prompts, answered side by
-side with the chat's sampling, since a small model's greedy answers go in circles).
+Reward and KL of sampled answers; loss on the reference answers, BLEU and ROUGE of greedy ones, those of base and SFT as
+evaluate_sft measured them. Writes reports/evaluate: predictions.jsonl (every greedy answer with its row id and label)
+and samples.json (three questions, answered side by side as the chat does).
 """
 
 import json
 from pathlib import Path
 
-from glm.data.rows import question_of, read_split
-from glm.files import replace_folder, write_json, write_jsonl
-from tasks.base_model import load_base
+from glm.data.held_out import check_disjoint
+from glm.data.rows import read_split
+from glm.files import read_jsonl, replace_folder, write_json, write_jsonl
+from tasks.answers import answer, predictions, read_questions, samples
+from tasks.base_model import foundation, load_base_tokenizer, load_shared
 from tasks.stage import Stage, main
-from tasks.tokenized import ROWS, tokenized
+from tasks.tokenized import ROWS
 
+BEFORE = Path("reports/evaluate_sft")
 ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
-SAMPLES = 3
-CHAT_SAMPLING = {"do_sample": True, "temperature": 0.95, "top_p": 0.7}
 
 
 def run(stage: Stage) -> dict[str, float]:
-    import torch
-
     from glm.data.encode import prompt_ids
-    from glm.evaluation.text_metrics import corpus_scores
-    from glm.generation.decode import decode, generate
-    from glm.training import policy_eval, sft
+    from glm.models.lineage import chain
+    from glm.training import policy_eval
     from glm.training.actors import Actors
 
     params, options = stage.params, stage.params.evaluate
-    base, tokenizer = load_base(params)
-    actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
-    rows = read_split(ROWS, "sft", "test")
-    examples = tokenized(stage, tokenizer, "sft", "test")
-    asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
-    prompts = [prompt_ids(tokenizer, row["messages"][:-1], params.data)[0] for row in asked]
-    labels = [row["messages"][-1]["content"] for row in asked]
-    policy_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
-    policy_prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in policy_rows]
-    stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(policy_rows))
+    check_disjoint(ROWS, "ppo")
+    metrics = read_metrics("evaluate_sft") | {"reward.accuracy": read_metrics("reward")["test_accuracy"]}
+    models = {name: Path("models", name) for name in ("sft", "reward", "ppo")}
+    base, beneath = load_shared(params, foundation(params).parts, *(chain(folder) for folder in models.values()))
+    tokenizer = load_base_tokenizer()
+    actors = Actors(base, policy=models["ppo"], reference=models["sft"], reward=models["reward"], beneath=beneath)
+    steps = len(ADAPTERS) + 1
 
-    reward_metrics = json.loads(Path("metrics/reward.json").read_text(encoding="utf-8"))
-    metrics = {"reward.accuracy": reward_metrics["test_accuracy"]}
-    shown = range(0, len(asked), max(1, len(asked) // SAMPLES))[:SAMPLES]
-    samples = [{"prompt": question_of(asked[at])} for at in shown]
-    texts: dict[str, list[str]] = {}
-    for number, (who, adapter) in enumerate(ADAPTERS.items()):
-        stage.progress(3 * number, 3 * len(ADAPTERS), f"{who}: loss")
-        actors.use(adapter)
-        metrics[f"{who}.loss"] = sft.mean_loss(actors.model, tokenizer, examples, options.batch_size)
-        stage.progress(3 * number + 1, 3 * len(ADAPTERS), f"{who}: greedy answers")
-        limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-        texts[who] = [decode(tokenizer, answer) for answer in generate(actors.model, tokenizer, prompts, **limits)]
-        torch.manual_seed(params.seed)
-        drawn = generate(actors.model, tokenizer, [prompts[at] for at in shown], **limits, **CHAT_SAMPLING)
-        for sample, answer in zip(samples, drawn, strict=True):
-            sample[who] = decode(tokenizer, answer)
-        found = corpus_scores(texts[who], labels)
-        stage.progress(3 * number + 2, 3 * len(ADAPTERS), f"{who}: reward and KL")
-        found |= policy_eval.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
+    stage.progress(0, steps, "ppo: loss and greedy answers")
+    questions = read_questions(stage, tokenizer)
+    actors.use("policy")
+    answers = {"ppo": answer(stage, actors.model, tokenizer, questions)}
+    metrics |= {f"ppo.{name}": value for name, value in answers["ppo"].metrics.items()}
+
+    prompt_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
+    prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in prompt_rows]
+    stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(prompts))
+    for number, (who, adapter) in enumerate(ADAPTERS.items(), start=1):
+        stage.progress(number, steps, f"{who}: reward and KL")
+        found = policy_eval.evaluate(actors, tokenizer, prompts, options, seed=params.seed, adapter=adapter)
         metrics |= {f"{who}.{name}": value for name, value in found.items()}
-    stage.progress(3 * len(ADAPTERS), 3 * len(ADAPTERS))
+    stage.progress(steps, steps)
 
-    predictions = [
-        {"id": row["id"], "prompt": question_of(row), "label": label, **{who: texts[who][at] for who in ADAPTERS}}
-        for at, (row, label) in enumerate(zip(asked, labels, strict=True))
-    ]
+    rows = zip(read_jsonl(BEFORE / "predictions.jsonl"), predictions(questions, answers), strict=True)
+    shown = zip(json.loads((BEFORE / "samples.json").read_text("utf-8")), samples(questions, answers), strict=True)
     with replace_folder("reports/evaluate") as folder:
-        write_jsonl(folder / "predictions.jsonl", predictions)
-        write_json(folder / "samples.json", samples)
+        write_jsonl(folder / "predictions.jsonl", (before | after for before, after in rows))
+        write_json(folder / "samples.json", [before | after for before, after in shown])
     stage.log_artifact("reports/evaluate")
     return metrics
+
+
+def read_metrics(step: str) -> dict[str, float]:
+    """The metrics of an earlier step."""
+    return json.loads(Path("metrics", f"{step}.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

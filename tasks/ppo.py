@@ -1,4 +1,4 @@
-"""PPO from models/sft against models/reward on the prompts of prepared/rows/ppo; writes models/ppo.
+"""PPO by `ppo.method` from models/sft against models/reward on the prompts of prepared/rows/ppo; writes models/ppo.
 
 A run that was killed goes on from its last checkpoint when the same command is given again on the same inputs.
 """
@@ -7,27 +7,31 @@ import json
 from pathlib import Path
 
 from glm.errors import InputError
-from glm.files import replace_folder
-from tasks.base_model import BASE, load_base
+from tasks.base_model import load_base_tokenizer, load_shared
 from tasks.stage import Stage, main
 from tasks.tokenized import tokenized
 
 SFT = Path("models/sft")
+REWARD = Path("models/reward")
 CHECKPOINTS = Path(".cache/checkpoints/ppo")  # no output of the stage: DVC removes those before it starts one again
 SAMPLES = 8  # dev prompts whose answers are kept with the run, at every look
 
 
 def run(stage: Stage) -> dict[str, float]:
     from glm.generation.decode import decode
-    from glm.models.adapters import save_lora
+    from glm.models.lineage import above, chain
+    from glm.models.saving import save_trained
     from glm.training import ppo
-    from glm.training.actors import Actors
+    from glm.training.actors import Actors, NewPolicy
     from glm.training.checkpoint import Checkpoints
     from glm.training.policy_eval import Judged
 
     params = stage.params
     check_reward_model(params.ppo.minimum_reward_accuracy)
-    model, tokenizer = load_base(params)
+    below, start = above(SFT).starting(params.ppo.method, resume=params.ppo.resume_lora_training)
+    below.check(params.ppo.method)
+    model, beneath = load_shared(params, below.parts, chain(SFT), chain(REWARD))
+    tokenizer = load_base_tokenizer()
     prompts = {
         split: [example["input_ids"] for example in tokenized(stage, tokenizer, "ppo", split)]
         for split in ("train", "dev")
@@ -41,7 +45,8 @@ def run(stage: Stage) -> dict[str, float]:
         samples = [dict(zip(("prompt", "answer", "reward", "kl"), row, strict=True)) for row in rows]
         stage.log_json(f"samples/step-{step:05}.json", samples)
 
-    actors = Actors(model, policy=SFT, reference=SFT, reward=Path("models/reward"))
+    policy = NewPolicy(params.ppo.method, params.sft, below.parts, start)
+    actors = Actors(model, policy=policy, reference=SFT, reward=REWARD, beneath=beneath)
     numbers = ppo.train(
         actors,
         tokenizer,
@@ -55,8 +60,16 @@ def run(stage: Stage) -> dict[str, float]:
         show=show,
         checkpoints=checkpoints,
     )
-    with replace_folder("models/ppo") as folder:
-        save_lora(actors.model, folder, BASE, name="policy")
+    actors.finish()
+    save_trained(
+        actors.model,
+        params.ppo.method,
+        "models/ppo",
+        below,
+        name="policy",
+        weights=actors.policy,
+        tokenizer=tokenizer,
+    )
     stage.log_adapter("models/ppo")
     checkpoints.clear()
     return numbers

@@ -21,9 +21,7 @@ def run(stage: Stage) -> dict[str, float]:
 
         tokenizer = load_tokenizer(params.model.path, revision=params.model.revision)
         counter = TokenizerCounter(params.data, tokenizer, params.model.path)
-    report = prepare(
-        params.data, "prepared/raw", "prepared/rows", seed=params.seed, counter=counter, progress=stage.progress
-    )
+    report = prepare(params.data, "prepared/raw", "prepared/rows", counter=counter, progress=stage.progress)
     for datasets in report.values():
         for name, counts in datasets.items():
             stage.log_dataset(name, f"prepared/raw/{name}", split="all", rows=counts["read"])

@@ -107,18 +107,22 @@ class Stage:
         self.tracker.write(lambda client, run_id: client.log_inputs(run_id, [DatasetInput(dataset, tags)]))
 
     def log_adapter(self, folder: str | Path) -> None:
-        """Log a LoRA folder on models/base as an MLflow model that answers chat requests."""
-        from tasks.logged_models import log_chat_model
+        """Log what a stage has trained, with all that it stands on, as an MLflow model that answers chat requests."""
+        from tasks.logged_models import artifact_folders, folder_size, log_chat_model
 
-        log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, "models/base", folder)
-        self.tracker.write(lambda client, run_id: log())
+        folders, quantization = artifact_folders(str(folder))
+        if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
+            log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, *folders, quantization=quantization)
+            self.tracker.write(lambda client, run_id: log())
 
     def log_reward_model(self, folder: str | Path) -> None:
-        """Log a LoRA folder with a reward head, on models/base, as an MLflow model that scores answers."""
-        from tasks.logged_models import log_reward_model
+        """Log a reward model, with all that it stands on, as an MLflow model that scores answers."""
+        from tasks.logged_models import artifact_folders, folder_size, log_reward_model
 
-        log = partial(log_reward_model, self.name, self.params.data, "models/base", folder)
-        self.tracker.write(lambda client, run_id: log())
+        folders, quantization = artifact_folders(str(folder))
+        if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
+            log = partial(log_reward_model, self.name, self.params.data, *folders, quantization=quantization)
+            self.tracker.write(lambda client, run_id: log())
 
     def log_model(self, folder: str | Path) -> None:
         """Log a plain transformers folder as an MLflow model that answers chat requests.
@@ -128,7 +132,8 @@ class Stage:
         from tasks.logged_models import folder_size, log_chat_model
 
         if folder_size(folder) <= MAX_COPY_BYTES:
-            log = partial(log_chat_model, self.name, self.params.data, folder, tags={"dvc_md5": content_hash(folder)})
+            tags = {"dvc_md5": content_hash(folder)}
+            log = partial(log_chat_model, self.name, self.params.data, folder, tags=tags)
             self.tracker.write(lambda client, run_id: log())
 
     def log_figure(self, name: str, figure: "Figure") -> None:
@@ -304,10 +309,20 @@ def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),
+        "peak_memory_gb": _peak_memory() / 1e9,
         "speed": {name: sum(values) / len(values) for name, values in stage.speeds.items()},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": tags["machine.host"],
     }
+
+
+def _peak_memory() -> int:
+    """Bytes: the most that tensors held on the GPU; without one, the most of this process that was in memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count what the parent had before exec
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _number(value: Any) -> float:

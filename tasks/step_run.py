@@ -202,15 +202,9 @@ class StepRun:
             if found:
                 client.update_run(found[0].info.run_id, status="RUNNING")
                 return found[0].info.run_id
-            name = os.environ.get("DVC_EXP_NAME") or "dvc repro"
-            return create_parent(
-                client,
-                experiment_id,
-                self.params,
-                name,
-                {"glmflow.dvc_process": key, PROCESS_TAG: key},
-                dvc.create_time(),
-            )
+            name = os.environ.get("DVC_EXP_NAME")
+            tags = {"glmflow.dvc_process": key, PROCESS_TAG: key} | ({"glmflow.dvc_exp_name": name} if name else {})
+            return create_parent(client, experiment_id, self.params, name or "dvc repro", tags, dvc.create_time())
 
 
 def dvc_process() -> psutil.Process | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PROCESS_TAG = "glmflow.process"  # of a run: host, number and start of the process that is to end it
+KEY = "glmflow.key"  # tag: what a run stands for, where it is opened again by it
 PARENT_RUN = "GLMFLOW_PARENT_RUN_ID"  # environment variable by which a flow hands its run to the stages
 
 SETTINGS = {  # MLflow's own defaults wait minutes for a dead server
@@ -96,8 +97,12 @@ def open_store(experiment: str, uri: str | None = None) -> tuple["MlflowClient",
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
 
-def start_parent_run(params: Params, run_name: str | None = None, tags: Mapping[str, str] | None = None) -> str | None:
+def start_parent_run(
+    params: Params, run_name: str | None = None, tags: Mapping[str, str] | None = None, key: str | None = None
+) -> str | None:
     """Open the run that stands for a whole pipeline run and return its id; None if the store fails, which is said.
+
+    With a `key`, a run that was opened with the same key before is opened again.
 
     It holds all parameters, the git commit, params.yaml and requirements.lock; its children are the steps. Give its id
     to the stages in GLMFLOW_PARENT_RUN_ID and close it with `finish_parent_run`.
@@ -105,7 +110,14 @@ def start_parent_run(params: Params, run_name: str | None = None, tags: Mapping[
     try:
         client, experiment_id = open_store(params.tracking.experiment)
         tidy(client, experiment_id)
-        return create_parent(client, experiment_id, params, run_name, tags or {})
+        tags = dict(tags or {}) | ({KEY: key} if key else {})
+        found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1) if key else []
+        if not found:
+            return create_parent(client, experiment_id, params, run_name, tags)
+        run_id: str = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, PROCESS_TAG, process_key(psutil.Process()))
+        return run_id
     except Exception as error:  # whatever a store, a driver or a network may raise
         warn(store_uri(), f"the pipeline goes on without a run of its own: {error}")
         return None

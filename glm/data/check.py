@@ -25,7 +25,6 @@ def check(
     params: Data,
     out: str | Path | None = None,
     *,
-    seed: int = 0,
     counter: TokenEstimate | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def check(
         fetch(names, params.dataset_dir, Path(scratch, "raw"), link=True)
         report = prepare(
             params, Path(scratch, "raw"), Path(scratch, "rows"),
-            seed=seed, counter=counter, broken="count", progress=progress,
+            counter=counter, broken="count", progress=progress,
         )  # fmt: skip
     if out is not None:
         write_json(Path(out, "report.json"), report)
@@ -83,8 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for report.json and report.html")
     given = parser.parse_args(arguments)
     try:
-        params = load_params(given.params)
-        data = params.data
+        data = load_params(given.params).data
         if given.names:
             data = data.model_copy(update={use: [] for use in USES} | {given.use: given.names})
         counter = None
@@ -92,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             from glm.models import load_tokenizer
 
             counter = TokenizerCounter(data, load_tokenizer(given.tokenizer), given.tokenizer)
-        report = check(data, given.out, seed=params.seed, counter=counter)
+        report = check(data, given.out, counter=counter)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -54,7 +54,6 @@ class _Reading:
 
     use: Use
     params: Data
-    seed: int
     counter: TokenEstimate
     stop_at_broken: bool
     seen: dict[int, int] = field(default_factory=dict)
@@ -72,7 +71,6 @@ def prepare(
     raw: str | Path,
     out: str | Path,
     *,
-    seed: int = 0,
     counter: TokenEstimate | None = None,
     broken: Literal["stop", "count"] = "stop",
     progress: Progress = lambda done, total, text: None,
@@ -82,7 +80,6 @@ def prepare(
     The report has an entry per use and dataset (glm.data.report): read = kept + the sum of dropped.
 
     Args:
-        seed: which rows `max_samples` and weights choose.
         counter: how tokens are counted; an estimate without it.
         broken: what to do with a row that does not parse: stop the run, or count it and go on.
         progress: told how many datasets are done.
@@ -101,7 +98,7 @@ def prepare(
             if not mixture:
                 continue
             (folder / use).mkdir()
-            reading = _Reading(use, params, seed, counter, stop_at_broken=broken == "stop")
+            reading = _Reading(use, params, counter, stop_at_broken=broken == "stop")
             reports, spools = {}, {}
             for name in mixture:
                 progress(done, total, f"{use}: {name}")
@@ -168,7 +165,7 @@ def _read_dataset(
             lengths = [reading.counter.count(text) for text in texts]
             files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
             spools[split].add(
-                key=_hash(f"{reading.seed}:{content}"),
+                key=_hash(f"{params.seed}:{content}"),
                 tokens=sum(lengths),
                 truncated=reading.counter.truncated(row, lengths),
                 language=LANGUAGES.index(language("\n".join(texts)[:LANGUAGE_CHARACTERS])),

@@ -127,8 +127,12 @@ def rotary_cos_sin(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> t
     inverse_frequencies = (1.0 / 10000**exponents).half()
     angle_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     angles = position_ids[..., None].to(angle_dtype) * inverse_frequencies.to(angle_dtype)
-    angles = torch.cat([angles[:, 0], angles[:, 0], angles[:, 1], angles[:, 1]], dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def widened(table: Tensor) -> Tensor:
+        return torch.cat([table[:, 0], table[:, 0], table[:, 1], table[:, 1]], dim=-1)[:, None]
+
+    # in `dtype` first: under autocast to bfloat16, float16 cannot be concatenated
+    return widened(angles.cos().to(dtype)), widened(angles.sin().to(dtype))
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

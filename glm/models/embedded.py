@@ -53,6 +53,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> ChatGLM2
 
 def new_model(params: EmbeddedModel, tokenizer: PreTrainedTokenizerBase) -> GlmForCausalLM:
     """A randomly initialised ChatGLM2 shape: grouped queries, half-rotated heads, biased q/k/v, RMSNorm, SwiGLU."""
+    torch.manual_seed(params.seed)
     vocab_size = math.ceil(len(tokenizer) / MULTIPLE) * MULTIPLE
     config = GlmConfig(
         vocab_size=vocab_size,
@@ -80,7 +81,6 @@ def pretrain(
     dev_texts: list[str],
     params: EmbeddedModel,
     *,
-    seed: int,
     log: Callable[[int, dict[str, float]], None],
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
@@ -89,7 +89,7 @@ def pretrain(
     Returns `loss` (nats a token on `dev_texts`), `steps`, `parameters`, `train_tokens` (of one epoch).
     """
     batch_size = max(1, params.tokens_per_batch // ROW)
-    shuffle = random.Random(seed)
+    shuffle = random.Random(params.seed)
     encoded = [_with_end(tokenizer, text) for text in train_texts]
     tokens = sum(map(len, encoded))
     per_epoch = math.ceil(tokens / (batch_size * ROW))

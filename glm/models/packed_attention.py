@@ -1,10 +1,16 @@
-"""Causal attention within each sequence of a packed row, never across, for every model on transformers' interface.
+"""Attention within each sequence of a packed row, never across, for every model on transformers' interface.
 
-On CUDA in half precision it is torch's variable-length flash attention; elsewhere each sequence is attended on its own
-by `scaled_dot_product_attention`, which needs no mask and no work on the pairs that a block mask would hide.
-`attn_implementation="flash_attention_2"` takes the same offsets, if that package is installed.
+`IMPLEMENTATIONS` names the ways. "varlen", the default, is this module's: torch's variable-length flash attention on
+CUDA in half precision; elsewhere each sequence is attended on its own by `scaled_dot_product_attention`, which needs no
+mask and no work on the pairs that a block mask would hide. The others are transformers' own and take the same rows:
+"flex_attention" gets a block mask that transformers makes from the positions, "flash_attention_2" the offsets. On a CPU
+torch's flex attention has no backward pass; there the same mask goes to "sdpa", written out.
+
+A prefix LM (ChatGLM-6B) reads its prompt in both directions. It is attended twice, causally and then in both directions
+within prompts, and each token takes the result that is its own: no mask of any size, and fixed shapes to compile.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +22,17 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from glm.errors import InputError
 from glm.models.chatglm1 import ChatGLMConfig
 
-NAME = "packed"
+VARLEN = "varlen"
+IMPLEMENTATIONS = (VARLEN, "flex_attention", "flash_attention_2")
 
 # torch 2.11 takes fewer key heads than query heads without being told, later versions want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def packed_attention(
+def varlen_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -35,43 +43,61 @@ def packed_attention(
     *,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    cu_seq_lens_prefix: Tensor | None = None,
+    in_prefix: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the sequences that start at `cu_seq_lens_q` (int32, from 0 to the row's length).
 
     `query` [1, heads, length, head_dim], `key` and `value` with as many heads or a divisor of it (grouped-query
-    attention). Returns [1, length, heads, head_dim]. Repeated offsets at the end stand for empty sequences.
+    attention). Repeated offsets at the end stand for empty sequences. For a prefix LM, `cu_seq_lens_prefix` are the
+    offsets of prompts and answers in turn, and `in_prefix` [1, length] says which tokens are a prompt's.
+    Returns [1, length, heads, head_dim].
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    fast = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    attend = _flash if fast else _one_by_one
+    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal=True)
+    if in_prefix is not None:
+        both_ways = attend(query, key, value, cu_seq_lens_prefix, max_length_q, scaling, causal=False)
+        output = torch.where(in_prefix[..., None, None], both_ways, output)
+    return output, None
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float) -> Tensor:
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float, *, causal: bool
+) -> Tensor:
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    window = (-1, 0)  # causal
+    window = (-1, 0 if causal else -1)
     return varlen_attn(
         query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, **_GROUPED
     )[None]
 
 
-AttentionInterface.register(NAME, packed_attention)
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float, *, causal: bool
+) -> Tensor:
+    lengths = [length for length in offsets.diff().tolist() if length]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
+        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """The reason why `model` cannot be trained on packed rows; None where it can."""
+AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def why_not_packed(model: PreTrainedModel, implementation: str = VARLEN) -> str | None:
+    """The reason why `model` cannot be trained on packed rows with `implementation`; None where it can."""
     config = model.config
-    if isinstance(config, ChatGLMConfig):
-        return "ChatGLM-6B sees its prompt in both directions, which variable-length attention cannot express"
+    if isinstance(config, ChatGLMConfig) and implementation != VARLEN:
+        return f"ChatGLM-6B sees its prompt in both directions, which {implementation} is not told; {VARLEN} is"
     if config._attn_implementation.endswith("_prefix"):
         return "a P-Tuning v2 prefix stands before every sequence"
+    if dropout := getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout {dropout} is not for packed rows"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} has an attention of its own"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -80,14 +106,33 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     return None
 
 
+def packed_implementation(model: PreTrainedModel, wanted: str) -> str:
+    """What transformers is told for `wanted`, "auto" or one of IMPLEMENTATIONS, on the device of `model`.
+
+    Raises:
+        InputError: flash_attention_2 without its package, or on a model that is not in half precision on a GPU.
+    """
+    if wanted == "flash_attention_2":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise InputError("attn_implementation: flash_attention_2 needs the package flash-attn; varlen needs none")
+        if model.device.type != "cuda" or model.dtype == torch.float32:
+            raise InputError(
+                "attn_implementation: flash_attention_2 needs a GPU and model.dtype bfloat16 or float16 "
+                f"(found {model.device.type}, {str(model.dtype).removeprefix('torch.')}); varlen runs anywhere"
+            )
+    if wanted == "flex_attention" and model.device.type == "cpu":
+        return "sdpa"
+    return VARLEN if wanted == "auto" else wanted
+
+
 @contextmanager
-def attention_of(model: PreTrainedModel, *, packed: bool) -> Iterator[None]:
-    """Inside, `model` expects packed rows if `packed`; afterwards its attention is what it was."""
-    if not packed:
+def attention_of(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Inside, `model` expects packed rows, if an `implementation` is named; afterwards its attention is what it was."""
+    if implementation is None:
         yield
         return
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:

@@ -1,32 +1,47 @@
-"""The four actors of PPO on one frozen base, told apart by the LoRA adapter that is switched on.
+"""The four actors of PPO on one base in memory, told apart by what is swapped in (`glm.models.variants`).
 
-    policy      adapter "policy", the only one that is trained; starts as a copy of the SFT adapter
+    policy      the only one that is trained; starts as a copy of SFT's adapter, or fresh on top of it
     value       a linear head on the policy's last hidden states, starts at zero
-    reference   adapter "reference", the SFT adapter, frozen: the KL penalty is taken to it
-    reward      adapter "reward" and its head, frozen
+    reference   the SFT model, frozen: the KL penalty is taken to it
+    reward      the reward model and its head, frozen
 
-"base" stands for no adapter at all.
+"base" stands for the base as it is.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Evaluate, Ppo
+from glm.config import Evaluate, Method, Ppo, Sft
 from glm.data.collate import pad, pad_ids
 from glm.generation import decode_step
 from glm.generation.decode import generate
 from glm.generation.rollout import Decoder, Samples
-from glm.models.adapters import last_hidden, load_more_lora, load_score
+from glm.models import lineage, methods
+from glm.models.adapters import causal_lm, half_precision, last_hidden, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
+from glm.models.variants import Variants
 
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewPolicy:
+    """A policy that is to be trained: by `method`, on the artifacts `below`, fresh in `shape` or as a copy."""
+
+    method: Method
+    shape: Sft
+    below: tuple[str, ...] = ()
+    copy_of: Path | None = None
 
 
 @dataclass
@@ -69,41 +84,68 @@ def pack(prompts: list[list[int]], answers: list[list[int]], pad_id: int, device
 
 
 class Actors(nn.Module):
-    """The base with the adapters policy, reference and reward, and the heads for value and reward."""
+    """The base with its variants policy, reference and reward, and the heads for value and reward."""
 
-    def __init__(self, base: PreTrainedModel, *, policy: Path, reference: Path, reward: Path) -> None:
-        """Load three saved adapters onto `base`; `policy` and `reference` are the same folder when training starts."""
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        policy: Path | NewPolicy,
+        reference: Path,
+        reward: Path,
+        beneath: Sequence[str | Path] = (),
+    ) -> None:
+        """Put saved artifacts on `base`, which itself stands on those in `beneath`.
+
+        A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation.
+        """
         super().__init__()
-        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
-        load_more_lora(self.model, reference, "reference")
-        load_more_lora(self.model, reward, "reward")
+        self.variants = Variants(base, beneath)
+        self.variants.add("reference", reference)
+        self.variants.add("reward", reward)
+        if isinstance(policy, NewPolicy):
+            self.variants.add_trained("policy", policy.method, policy.shape, below=policy.below, copy_of=policy.copy_of)
+        elif methods.method_of(policy) == "lora" and not (policy / lineage.FILE_NAME).exists():
+            self.variants.add_trained("policy", "lora", Sft(), below=(), copy_of=policy)
+        else:
+            self.variants.add("policy", policy)
         self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
         self.value_head = nn.Linear(base.config.hidden_size, 1, bias=False).to(base.device)
         nn.init.zeros_(self.value_head.weight)
-        self.active = ""
-        self.use("policy")
-        # By name and not by requires_grad: every switch of adapters changes the latter.
-        self.policy = {name: p for name, p in self.model.named_parameters() if ".policy." in name}
+        self.model = self.variants.model  # its parameters are those of the variant in use
+        self.policy = self.variants.trained
         self.trained = [*self.policy.values(), self.value_head.weight]
+        self.use("policy")
         self.eval()  # no dropout anywhere, so that the ratio of a fresh rollout is 1
-        self.decoder = Decoder(self.model) if decode_step.supports(base) else None
+        self.decoder = self._decoder(base)
         if base.device.type == "cuda" and self.decoder is not None:
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
             for layer in base.base_model.layers:
                 layer.compile()  # fuses norms, rotation and activation; one compilation serves all layers
 
     def use(self, adapter: str) -> None:
-        """Make one adapter the active one, or none ("base"); only the policy's parameters ever require a gradient."""
-        if adapter == self.active:
-            return  # a switch walks through all modules
-        self.active = adapter
-        if adapter == "base":
-            self.model.base_model.disable_adapter_layers()
-        else:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(".policy." in name and adapter == "policy")
+        """Put one of policy, reference, reward and base in place; only the policy's parameters require a gradient."""
+        self.variants.use(adapter)
+
+    def finish(self) -> None:
+        """After the training: the policy is in place, in the model's own dtype."""
+        self.use("policy")
+        self.variants.finish()
+
+    def _decoder(self, base: PreTrainedModel) -> Decoder | None:
+        """The fused decoder, if it can take the policy apart."""
+        if len(self.variants.variants["policy"].loras) < 2 and decode_step.supports(base):
+            return Decoder(self.model)
+        logger.info("ppo: the policy's answers come from transformers' generate: the fused decoder does not take it")
+        return None
+
+    def _fused(self, adapter: str) -> bool:
+        """Whether the decoder, which was made with the policy in place, is right for `adapter` too."""
+        policy, wanted = self.variants.variants["policy"], self.variants.variants[adapter]
+        same = wanted.weights.keys() == policy.weights.keys() and all(
+            wanted.weights[name] is policy.weights[name] for name in policy.weights
+        )
+        return same and wanted.prefix is policy.prefix and len(wanted.loras) < 2
 
     def sample(
         self,
@@ -114,7 +156,7 @@ class Actors(nn.Module):
     ) -> Samples:
         """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
         self.use(adapter)
-        if self.decoder is not None:
+        if self.decoder is not None and self._fused(adapter):
             samples = self.decoder.sample(
                 prompts,
                 tokenizer,
@@ -163,16 +205,17 @@ class Actors(nn.Module):
         hidden = self._hidden(batch)
         states = hidden.gather(1, batch.where[..., None].expand(-1, -1, hidden.shape[-1]))  # these predict answers
         head = self.model.get_output_embeddings()
-        chosen, entropy = token_logprobs(
-            states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
-        )
+        with half_precision(self.model):
+            chosen, entropy = token_logprobs(
+                states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
+            )
         values = self.value_head(states.float()).squeeze(-1)
         return chosen.view_as(values) * batch.mask, values * batch.mask, entropy.view_as(values) * batch.mask
 
     def _hidden(self, batch: Batch) -> Tensor:
         # A causal model never looks at padding on the right, and without a mask attention takes its fastest kernel.
         # ChatGLM-6B is not causal within the prompt.
-        prefix_lm = isinstance(self.model.get_base_model(), ChatGLMForCausalLM)
+        prefix_lm = isinstance(causal_lm(self.model), ChatGLMForCausalLM)
         return last_hidden(self.model, batch.input_ids, batch.attention_mask if prefix_lm else None)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from glm.training.loss import CHUNK_LOGITS
 
 Checkpointing = Literal["none", "selective", "full"]
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+EAGER = 1.6
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -53,44 +55,63 @@ def quantized(model: nn.Module) -> bool:
 
 
 def choose_checkpointing(
-    model: PreTrainedModel, tokens: int, trained: int, *, compiled: bool, free: int
+    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int
 ) -> Checkpointing:
     """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
 
-    `trained` parameters take a gradient and two moments in float32. Where even "full" does not fit, it is tried.
-    "selective" is not for compiled bitsandbytes layers, see `layers_run`.
+    `state` are the bytes of `optimizer_bytes`. Where even "full" does not fit, it is tried. "selective" is not for
+    compiled bitsandbytes layers, see `layers_run`.
     """
     for mode in MODES:
         if mode == "selective" and compiled and quantized(model):
             continue
-        if memory_estimate(model, tokens, trained, mode, compiled=compiled) <= free:
+        if memory_estimate(model, tokens, state, mode, compiled=compiled) <= free:
             return mode
     return "full"
 
 
-def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Checkpointing, *, compiled: bool) -> int:
-    """Bytes that a training step takes on top of the weights: activations, one layer's backward, loss, optimizer.
+def optimizer_bytes(model: nn.Module, optim: str) -> int:
+    """Bytes of the gradients, in float32, and the moments of all parameters that are trained."""
+    each = {"adamw_torch_fused": 4 + 8, "adamw_8bit": 4 + 2, "adafactor": 4}[optim]
+    return each * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    Without compiling, elementwise steps keep their inputs too, several of them in float32: about 2.5 times as much.
+
+def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool) -> int:
+    """Bytes that a training step takes on top of the weights: kept activations, `state`, a layer's backward or loss.
+
+    Layers below the first one that is trained keep nothing, unless the embedding is trained. Without compiling,
+    elementwise steps keep their inputs too, several of them in float32: about EAGER times as much.
     """
     layers = decoder_layers(model)
     hidden = model.config.hidden_size
-    linears = [
-        (module.in_features, module.out_features)
-        for name, module in layers[0].named_modules()
-        if isinstance(module, nn.Linear | PackedLinear) and "lora_" not in name
-    ]
-    whole = 3 * hidden + sum(width for _, width in linears)  # residual stream and both norms, products
-    kept = {
-        "none": whole,
-        "selective": 3 * hidden + sum(width for inner, width in linears if width <= inner),
-        "full": hidden,
-    }[mode]
+    named = [(name, module) for name, module in layers[0].named_modules() if "lora_" not in name]
+    linears = [module for _, module in named if isinstance(module, nn.Linear | PackedLinear)]
+    adapted = [(name, module) for name, module in named if isinstance(module, LoraLayer)]
+    products = sum(linear.out_features for linear in linears)
+    narrow = sum(linear.out_features for linear in linears if linear.out_features <= linear.in_features)
+    # A LoRA keeps its input, which q, k and v share, and with dropout one of its own.
+    inputs = sum(width for _, width in {(name.rpartition(".")[0], module.in_features) for name, module in adapted})
+    inputs += sum(module.in_features for _, module in adapted if _has_dropout(module))
+    whole = (3 * hidden + products + inputs) * (1 if compiled else EAGER)  # residual stream, both norms, products
+    # selective: a layer's input, attention's output, and the narrow products but for the last, which is only added
+    kept = {"none": whole, "selective": hidden + narrow, "full": hidden}[mode]
+    in_backward = whole if mode == "none" else 2 * whole  # gradients, and what is computed again
     size = 4 if model.dtype == torch.float32 else 2
-    eager = 1.0 if compiled else 2.5
-    again = 0 if mode == "none" else whole
-    activations = tokens * size * eager * (len(layers) * kept + again + whole)
-    return int(activations + CHUNK_LOGITS * 16 + trained * 12)
+    passing = max(tokens * size * in_backward, CHUNK_LOGITS * 16)
+    return int(tokens * size * trained_depth(model, layers) * kept + passing + state)
+
+
+def trained_depth(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Number of layers that the gradient passes through."""
+    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    within = sum(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    if within < sum(parameter.requires_grad for parameter in model.parameters()) or not any(trained):
+        return len(layers)  # an embedding, or a prefix
+    return len(layers) - trained.index(True)
+
+
+def _has_dropout(module: LoraLayer) -> bool:
+    return any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

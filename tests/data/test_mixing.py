@@ -22,7 +22,7 @@ def rows(name: str, count: int, words: int = 3) -> list[dict[str, str]]:
     return [{"instruction": f"{name} {i}", "output": f"answer {i} " + "word " * words} for i in range(count)]
 
 
-def prepared(tmp_path: Path, files: dict[str, list[Any]], seed: int = 0, **params: Any) -> tuple[dict[str, Any], Path]:
+def prepared(tmp_path: Path, files: dict[str, list[Any]], **params: Any) -> tuple[dict[str, Any], Path]:
     """Prepare `files` for SFT only."""
     folder = tmp_path / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def prepared(tmp_path: Path, files: dict[str, list[Any]], seed: int = 0, **param
     data = Data(dataset_dir=str(folder), **{"text": [], "reward": list(files), "ppo": list(files), **params})
     data = data.model_copy(update={"reward": [], "ppo": []})
     fetch(list(files), folder, tmp_path / "raw")
-    return prepare(data, tmp_path / "raw", tmp_path / "rows", seed=seed)["sft"], tmp_path / "rows"
+    return prepare(data, tmp_path / "raw", tmp_path / "rows")["sft"], tmp_path / "rows"
 
 
 def counts_add_up(report: dict[str, Any]) -> bool:
@@ -128,7 +128,7 @@ def test_max_samples_chooses_by_content_and_seed(tmp_path: Path) -> None:
     content = rows("b", 500)
 
     def chosen(folder: str, content: list[Any], seed: int = 0) -> set[str]:
-        _, out = prepared(tmp_path / folder, {"mine": content}, seed, sft=["mine"], max_samples=50)
+        _, out = prepared(tmp_path / folder, {"mine": content}, seed=seed, sft=["mine"], max_samples=50)
         found = read_split(out, "sft", "train")
         assert len(found) == 50
         return {row["messages"][0]["content"] for row in found}

@@ -1,5 +1,6 @@
 """Packed rows, chunked loss, checkpointed layers: faster ways to the numbers of the plain padded run."""
 
+import importlib.util
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -14,19 +15,23 @@ from glm.data.encode import IGNORED
 from glm.errors import InputError
 from glm.models.adapters import add_lora, last_hidden
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM
-from glm.models.packed_attention import attention_of, why_not_packed
+from glm.models.packed_attention import VARLEN, attention_of, packed_implementation, why_not_packed
 from glm.training import loss as loss_module
 from glm.training import reward, sft
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.plan import plan
 from glm.training.reward import RankingCollator, RewardLoss, RewardModel
 from glm.training.sft import SftCollator, SftLoss
-from glm.training.trainer import plan
 
 VOCABULARY = 211
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+CHATGLM1 = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "inner_hidden_size": 64,
+    "bos_token_id": 204, "eos_token_id": 205, "gmask_token_id": 201, "mask_token_id": 200, "pad_token_id": 3,
+}  # fmt: skip
 PACKING = Packing(tokens_per_row=64, multiple=16, max_sequences=8, max_length=40)
 
 
@@ -37,8 +42,14 @@ def make(name: str) -> torch.nn.Module:
     return GlmForCausalLM(GlmConfig(**SIZES, **HEADS, head_dim=8, attention_bias=True)).eval()
 
 
+def chatglm1() -> ChatGLMForCausalLM:
+    torch.manual_seed(0)
+    return ChatGLMForCausalLM(ChatGLMConfig(**CHATGLM1)).eval()
+
+
 def adapted(name: str, **options: object) -> torch.nn.Module:
-    model = add_lora(make(name), Sft(lora_rank=4, lora_dropout=0.0, **options))
+    base = chatglm1() if name == "chatglm1" else make(name)
+    model = add_lora(base, Sft(lora_rank=4, lora_dropout=0.0, **options))
     torch.manual_seed(1)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:  # zero at the start: then no gradient reaches lora_A
@@ -76,14 +87,26 @@ def assert_same(found: tuple[float, dict], wanted: tuple[float, dict]) -> None:
         torch.testing.assert_close(found[1][key], gradient, atol=1e-6, rtol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("name", ["glm", "qwen2"])
-def test_packed_sft_is_the_padded_run(name: str) -> None:
+def prefix_examples(count: int = 7) -> list[dict[str, list[int]]]:
+    """`examples` as ChatGLM-6B has them: prompt [gMASK] <sop> answer."""
+    found = []
+    for example in examples(count + 1)[1:]:
+        prompt = example["labels"].count(IGNORED)
+        ids = [token % 200 for token in example["input_ids"]]
+        ids = [*ids[:prompt], 201, 204, *ids[prompt:]]
+        found.append({"input_ids": ids, "labels": [IGNORED] * (prompt + 2) + ids[prompt + 2 :]})
+    return found
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("glm", "auto"), ("qwen2", "auto"), ("glm", "flex_attention")])
+def test_packed_sft_is_the_padded_run(name: str, wanted: str) -> None:
     model, rows = adapted(name), examples()
     module = SftLoss(model)
     padded = step_loss(module, SftCollator(0, None, 3)(rows))
     collated = SftCollator(0, PACKING, 3)(rows)
     assert 1 < len(collated["micro_batches"]) < len(rows)
-    with attention_of(model.get_base_model(), packed=True):
+    base = model.get_base_model()
+    with attention_of(base, packed_implementation(base, wanted)):
         assert_same(step_loss(module, collated), padded)
     # and that is transformers' own loss
     whole = SftCollator(0, None, len(rows))(rows)["micro_batches"][0]
@@ -92,6 +115,37 @@ def test_packed_sft_is_the_padded_run(name: str) -> None:
         row[: len(example["labels"])] = torch.tensor(example["labels"])
     theirs = model(input_ids=whole["input_ids"], attention_mask=whole["attention_mask"], labels=labels).loss
     assert padded[0] == pytest.approx(theirs.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_prefix_lm_packs_too(stage: str) -> None:
+    model, rows = adapted("chatglm1", lora_target=["query_key_value", "dense_h_to_4h"]), prefix_examples(9)
+    packing = Packing(tokens_per_row=90, multiple=16, max_sequences=8, max_length=42, prefix_lm=model.config)
+    if stage == "sft":
+        module: torch.nn.Module = SftLoss(model)
+        padded, packed = (SftCollator(3, kind, 9)(rows) for kind in (None, packing))
+    else:
+        module = RewardLoss(RewardModel(model, torch.nn.Linear(32, 1, bias=False)))
+        sequences = [row["input_ids"] for row in rows]
+        rankings = [{"sequences": sequences[:2]}, {"sequences": sequences[2:5]}, {"sequences": sequences[5:]}]
+        padded, packed = (RankingCollator(3, kind, 3)(rankings) for kind in (None, packing))
+    assert 1 < len(packed["micro_batches"]) < len(rows)
+    wanted = step_loss(module, padded)
+    with attention_of(model.get_base_model(), VARLEN):
+        assert_same(step_loss(module, packed), wanted)
+
+
+def test_flex_attention_reads_packed_rows_as_its_cpu_stand_in_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # eager: the block mask and flex attention itself, without generated code
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = make("glm")
+    row = packed_row([example["input_ids"] for example in examples(4)], PACKING, 0)
+    found = {}
+    for name in (VARLEN, "sdpa", "flex_attention"):
+        with torch.no_grad(), attention_of(model, name):
+            found[name] = last_hidden(model, **row)
+    for other in ("sdpa", "flex_attention"):
+        torch.testing.assert_close(found[other], found[VARLEN], atol=1e-5, rtol=1e-5)
 
 
 def test_packed_rankings_are_the_padded_run() -> None:
@@ -105,7 +159,7 @@ def test_packed_rankings_are_the_padded_run() -> None:
     packing = Packing(tokens_per_row=90, multiple=1, max_sequences=8, max_length=40)
     collated = RankingCollator(0, packing, 2)(rankings)
     assert 1 < len(collated["micro_batches"]) < 4
-    with attention_of(model.get_base_model(), packed=True):
+    with attention_of(model.get_base_model(), VARLEN):
         assert_same(step_loss(module, collated), padded)
 
 
@@ -115,7 +169,7 @@ def test_no_example_sees_another(name: str) -> None:
     sequences = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16, 17, 18, 19]]
 
     def states(of: list[list[int]]) -> torch.Tensor:
-        with torch.no_grad(), attention_of(model, packed=True):
+        with torch.no_grad(), attention_of(model, VARLEN):
             return last_hidden(model, **packed_row(of, PACKING, 0))[0]
 
     before = states(sequences)
@@ -160,7 +214,7 @@ def test_checkpointed_layers_give_the_same_gradients(mode: str) -> None:
     module = SftLoss(model).train()
     batch = SftCollator(0, PACKING, 3)(examples())
     base = model.get_base_model()
-    with attention_of(base, packed=True):
+    with attention_of(base, VARLEN):
         plain = step_loss(module, batch)
         with layers_run(base, compiled=False, checkpointing=mode):
             assert_same(step_loss(module, batch), plain)
@@ -227,7 +281,8 @@ def test_a_row_keeps_its_shape() -> None:
     assert len(packed_row([[1] * 16], PACKING, 0)["cu_seq_lens_q"]) == 10
 
 
-def test_the_plan_keeps_the_number_of_examples_unless_told() -> None:
+def test_the_plan_keeps_the_number_of_examples_unless_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="glm")
     model, rows = adapted("glm"), examples(20)
     sequences = lambda example: [example["input_ids"]]  # noqa: E731
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "tokens_per_forward": 64}
@@ -235,8 +290,10 @@ def test_the_plan_keeps_the_number_of_examples_unless_told() -> None:
     assert found.train_set is rows and found.step_size == 8 and found.packing and not found.compiled
     found = plan(model, rows, sequences, Sft(**options, tokens_per_step=128), stage="sft", seed=0)
     assert found.step_size == 2 and all(isinstance(row, list) for row in found.train_set)
+    assert f"{-(-len(found.train_set) // 2)} steps an epoch of 2 rows, about " in caplog.text
     found = plan(model, rows, sequences, Sft(**options, packing=False), stage="sft", seed=0)
     assert found.packing is None and found.step_size == 8
+    assert "3 steps an epoch of 8 examples" in caplog.text
 
 
 @pytest.mark.parametrize("tokens_per_step", [None, 128])
@@ -265,7 +322,7 @@ def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: 
             _, numbers = sft.train(model, tokenizer, rows, rows, params, **calls)
         else:
             params = Reward.model_validate(changes)
-            _, numbers = reward.train(model, tokenizer, rows, rows, params, lora=lora, sft_adapter=None, **calls)
+            _, numbers = reward.train(model, tokenizer, rows, rows, params, shape=lora, **calls)
         assert numbers["steps"] == 3 and model.config._attn_implementation == "sdpa"
         assert speeds and all(values["tokens_per_second"] > 0 for values in speeds)
         losses[packing] = [points[step]["loss"] for step in (1, 2, 3)]
@@ -274,17 +331,33 @@ def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: 
         assert losses[True] == pytest.approx(losses[False], abs=1e-4)
 
 
+def test_a_prefix_lm_trains_packed_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, rows = adapted("chatglm1", lora_target=["query_key_value"]), prefix_examples()
+    with caplog.at_level("INFO", logger="glm"):
+        found = plan(model, rows, lambda example: [example["input_ids"]], Sft(), stage="sft", seed=0)
+    assert found.packing and found.packing.prefix_lm is model.config and "packed" in caplog.text
+    flex = Sft(attn_implementation="flex_attention")
+    with caplog.at_level("INFO", logger="glm"):
+        found = plan(model, rows, lambda example: [example["input_ids"]], flex, stage="sft", seed=0)
+    assert found.packing is None and found.attention is None
+    assert "padded (ChatGLM-6B sees its prompt in both directions" in caplog.text
+
+
 def test_what_cannot_be_packed_stays_padded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    config = ChatGLMConfig(
-        vocab_size=200, hidden_size=32, num_layers=2, num_attention_heads=2, inner_hidden_size=64,
-        bos_token_id=104, eos_token_id=105, gmask_token_id=101, mask_token_id=100, pad_token_id=3,
-    )  # fmt: skip
-    model = add_lora(ChatGLMForCausalLM(config), Sft(lora_target=["query_key_value"]))
+    windowed = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    model = add_lora(Qwen2ForCausalLM(windowed), Sft())
     with caplog.at_level("INFO", logger="glm"):
         found = plan(model, examples(), lambda example: [example["input_ids"]], Sft(), stage="sft", seed=0)
     assert found.packing is None
-    assert "padded (ChatGLM-6B sees its prompt in both directions" in caplog.text
-    with pytest.raises(InputError, match=r"sft\.tokens_per_step 512 needs packed rows: ChatGLM-6B"):
+    assert "padded (Qwen2ForCausalLM has layers of sliding_attention)" in caplog.text
+    with pytest.raises(InputError, match=r"sft\.tokens_per_step 512 needs packed rows: Qwen2ForCausalLM"):
         plan(model, examples(), lambda e: [e["input_ids"]], Sft(tokens_per_step=512), stage="sft", seed=0)
-    windowed = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert "sliding" in (why_not_packed(Qwen2ForCausalLM(windowed)) or "")
+    dropping = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, attention_dropout=0.1))
+    assert "attention_dropout 0.1" in (why_not_packed(dropping) or "")
+
+
+def test_flash_attention_needs_its_package() -> None:
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(InputError, match="attn_implementation: flash_attention_2 needs the package flash-attn"):
+        packed_implementation(make("glm"), "flash_attention_2")

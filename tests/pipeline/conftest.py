@@ -57,8 +57,8 @@ class Project:
     def flow(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         return self.command(sys.executable, "-m", "flows.rlhf_pipeline", *words, check=check, **env)
 
-    def start_flow(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "flows.rlhf_pipeline", *words]
+    def start_flow(self, *words: str, module: str = "flows.rlhf_pipeline", **env: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", module, *words]
         out = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.root, env=self.env | env, stdout=out, stderr=out, text=True)
 

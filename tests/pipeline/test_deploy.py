@@ -49,7 +49,10 @@ def test_deployment(deployed: Project) -> None:
     assert url.removesuffix("/api") in deploy(deployed, "start")
     assert server == (deployed.root / ".prefect" / "server.json").read_text()
     assert worker == (deployed.root / ".prefect" / "worker.json").read_text()
-    deployment, retraining = query(url, "deployments/filter", {"sort": "NAME_ASC"})
+    deployments = query(url, "deployments/filter", {})
+    assert len(deployments) == 3
+    by_flow = {one["entrypoint"].rpartition(":")[2]: one for one in deployments}
+    deployment, retraining = by_flow["rlhf_pipeline"], by_flow["retrain"]
     assert retraining["name"] == "weekly" and not retraining["schedules"][0]["active"]
     assert deployment["name"] == "default" and deployment["work_pool_name"] == "local"
     (schedule,) = deployment["schedules"]
