@@ -22,16 +22,19 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export GRADIO_ANALYTICS_ENABLED := False
 unexport PREFECT_PROFILE
 
-.PHONY: help run test lint ui chat deploy stop lock clean
+.PHONY: help run test test-slow lint ui chat deploy stop lock clean
 
 help: ## list the commands
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 run: .venv/ready ## run the pipeline on the embedded default (or what params.yaml says), about five minutes
 	@python -m flows.rlhf_pipeline $(ARGS)
 
 test: .venv/ready ## run all tests
 	@python -m pytest $(ARGS)
+
+test-slow: .venv/ready ## run the tests that take minutes: twenty kills, servers elsewhere
+	@GLMFLOW_KILL_TRIALS=20 python -m pytest -m slow $(ARGS)
 
 lint: .venv/ready ## check style and types
 	ruff check .

@@ -8,7 +8,7 @@ import typer
 
 from glm.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The RLHF pipeline's own commands.")
+app = typer.Typer(no_args_is_help=True, help="The RLHF pipeline's own commands.")
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and clear the cache of tokenised ones.")
@@ -25,6 +25,27 @@ def data_check(context: typer.Context) -> None:
     raise typer.Exit(check_data(context.args))
 
 
+@data_app.command("changed")
+def data_changed(files: Annotated[list[str] | None, typer.Argument(help="which; for the record")] = None) -> None:
+    """Tell Prefect that there is new data: its automation runs retrain/weekly."""
+    from flows.data_events import emit
+
+    emit(files or [])
+    typer.echo("told Prefect; `prefect flow-run ls` shows the run that follows")
+
+
+@data_app.command("watch")
+def data_watch(
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 10.0,
+) -> None:
+    """Look at data/ until stopped, and tell Prefect of each new file there."""
+    from flows import ROOT
+    from flows.data_events import watch
+    from glm.config import load_params
+
+    watch(ROOT / load_params().data.dataset_dir, every)
+
+
 @data_app.command("clean")
 def data_clean(
     days: Annotated[float, typer.Option(min=0, help="remove what was not used for so many days; 0 removes all")] = 30,
@@ -37,6 +58,22 @@ def data_clean(
     typer.echo(f"{len(removed)} sets removed from {cache_folder()}, {sum(removed.values()) / 1e6:,.1f} MB")
 
 
+MODEL_HELP = "folder, hub id, models:/NAME@champion, models:/NAME/3, or an MLflow run"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="adapter folder on it; several in their order")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0)]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def run(context: typer.Context) -> None:
+    """Run the pipeline; -S NAME=VALUE overrides a parameter, --help lists the options."""
+    from flows.rlhf_pipeline import main as run_pipeline
+
+    sys.argv = ["glmflow run", *context.args]
+    raise typer.Exit(run_pipeline())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def compare(context: typer.Context) -> None:
     """Run methods, algorithms or other variants of the parameters on the same data, in one table; --help lists more."""
@@ -47,19 +84,77 @@ def compare(context: typer.Context) -> None:
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option(help="model folder or hub id")] = "models/export",
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="adapter folder on it; several are applied in order")
-    ] = None,
-    system: Annotated[str, typer.Option(help="system prompt")] = "",
-    max_new_tokens: int = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.95,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.7,
+    model: Model = "models/export",
+    adapter: Adapters = None,
+    system: Annotated[str, typer.Option(help="system prompt; empty: the one of training, if any")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Temperature = 0.95,
+    top_p: TopP = 0.7,
+    seed: Annotated[int | None, typer.Option(help="for the same answers each time")] = None,
 ) -> None:
-    """Talk to a model in the terminal: `clear` forgets the dialogue, `stop` or Ctrl-D ends it."""
+    """Talk to a model in the terminal, or give it a question a line through a pipe."""
     from apps.chat import talk
+    from apps.models import resolve
 
-    talk(model, adapter or [], system, max_new_tokens, temperature, top_p)
+    talk(resolve(model, adapter or []), system, max_new_tokens, temperature, top_p, seed)
+
+
+@app.command()
+def serve(
+    model: Model = "models/export",
+    adapter: Adapters = None,
+    name: Annotated[str, typer.Option(help="of the model, for clients; empty: as it was named here")] = "",
+    system: Annotated[str, typer.Option(help="system prompt where a request has none")] = "",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="GLMFLOW_API_KEY", help="that clients must send")] = None,
+    allow_anonymous: Annotated[bool, typer.Option(help="no key, though other machines can reach it")] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="requests answered at once")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(min=32, help="tokens of prompt and answer; 2048, or less if the model has less")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait; then 429")] = 256,
+    max_body: Annotated[int, typer.Option(min=1000, help="bytes of a request")] = 2_000_000,
+    temperature: Temperature = 0.95,
+    top_p: TopP = 0.7,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
+    log_content: Annotated[bool, typer.Option(help="also log what is asked and answered")] = False,
+) -> None:
+    """Serve a model by OpenAI's HTTP interface; requests of many clients are answered together."""
+    from apps.models import resolve
+    from apps.serve.app import Options
+    from apps.serve.run import check_binding
+    from apps.serve.run import serve as run_server
+
+    check_binding(host, api_key, allow_anonymous)
+    resolved = resolve(model, adapter or [])
+    options = Options(
+        name=name or resolved.name,
+        source_prefix=system,
+        temperature=temperature,
+        top_p=top_p,
+        api_key=api_key,
+        max_body=max_body,
+        log_content=log_content,
+    )
+    run_server(
+        resolved,
+        options,
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        max_length=max_length,
+        max_waiting=max_waiting,
+        dtype=dtype,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Check Python, packages, hardware, servers and data, and say what to do; exit status 1 if something is wrong."""
+    from apps.doctor import main as examine
+
+    raise typer.Exit(examine())
 
 
 @app.command()
@@ -84,26 +179,118 @@ def register() -> None:
 
     from flows.registry import register as register_export
     from glm.config import load_params
+    from tasks.record import keep_record
+    from tasks.tracking import parent_of
 
     record = Path("runs/export.json")
     run_id = json.loads(record.read_text(encoding="utf-8"))["run_id"] if record.exists() else None
     values = load_params()
     version = register_export("models/export", run_id, values)
+    keep_record(values, version, parent_of(run_id))
     typer.echo(f"{values.promote.model_name} version {version} is the challenger")
 
 
 @app.command()
+def sync() -> None:
+    """Send to MLflow what steps kept while it could not be reached; close the runs of processes that were killed."""
+    from glm.config import load_params
+    from tasks.tracking import close_killed_runs, open_store
+    from tasks.unsent import send_unsent
+
+    client, experiment_id = open_store(load_params().tracking.experiment)
+    sent = send_unsent(client)
+    typer.echo(f"sent: {len(sent)}; closed as killed: {len(close_killed_runs(client, experiment_id))}")
+
+
+@app.command()
 def promote(
-    version: Annotated[str, typer.Argument(help="version of the registered model, or an alias such as challenger")],
-    reason: Annotated[str, typer.Option(help="why; kept with the version")],
+    version: Annotated[
+        str | None, typer.Argument(help="version of the registered model, or an alias such as challenger")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="why; kept with the version")] = "",
+    run: Annotated[str | None, typer.Option(help="the version that this MLflow run made")] = None,
+    version_option: Annotated[str | None, typer.Option("--version", help="the same as the argument")] = None,
 ) -> None:
-    """Make a registered version the champion by hand."""
-    from flows.registry import promote as make_champion
+    """Make a registered version the champion by hand, whatever the gate said of it."""
+    from flows import champion
+    from glm.config import load_params
+
+    given = [value for value in (version, run, version_option) if value]
+    if len(given) != 1:
+        raise InputError("promote: name one of VERSION, --version VERSION and --run RUN_ID")
+    values = load_params()
+    if run:
+        number, before = champion.promote_run(run, reason, values)
+    else:
+        number, before = champion.promote(given[0], reason, values)
+    if number == before:
+        typer.echo(f"{values.promote.model_name} version {number} is the champion already; nothing was changed")
+    else:
+        typer.echo(f"{values.promote.model_name} version {number} is the champion (before: {before or 'none'})")
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="why; kept with the version")],
+    steps: Annotated[int, typer.Option(min=1, help="how many champions back")] = 1,
+) -> None:
+    """Make the previous champion the champion again; asked twice, the one before it."""
+    from flows import champion
     from glm.config import load_params
 
     values = load_params()
-    number, before = make_champion(version, reason, values)
-    typer.echo(f"{values.promote.model_name} version {number} is the champion (before: {before or 'none'})")
+    number, before = champion.rollback(reason, values, steps)
+    typer.echo(f"{values.promote.model_name} version {number} is the champion again (before: {before or 'none'})")
+
+
+@app.command()
+def champions() -> None:
+    """Show every move of the alias champion: when, who, to which version and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows.champion import moves
+    from glm.config import load_params
+
+    table = Table("when", "what", "version", "before", "by", "why")
+    for move in moves(load_params()):
+        table.add_row(move.at, move.action, move.version, move.before or "", move.by, move.reason)
+    Console().print(table)
+
+
+@app.command()
+def lineage(
+    target: Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run id, or a path")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="write it to this file too")] = None,
+    graph: Annotated[Path | None, typer.Option(help="draw it into this .png, .svg or .pdf file")] = None,
+) -> None:
+    """Show which data, code, parameters and earlier models made a model, as it was recorded."""
+    from rich.console import Console
+
+    from flows.lineage import trace
+    from flows.lineage_view import draw, tree
+    from glm.files import write_json
+
+    if graph and graph.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--graph {graph}: the file's name must end with .png, .svg or .pdf")
+    found = trace(target)
+    Console().print(tree(found), soft_wrap=True)
+    if json_file:
+        write_json(json_file, found.as_json())
+    if graph:
+        draw(found, graph)
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, or a run id")],
+) -> None:
+    """Make a model again from its recorded code, parameters and data, and compare. Exit status 1: it differs."""
+    from rich.console import Console
+
+    from flows.reproduce import reproduce as make_again
+
+    raise typer.Exit(make_again(target, Console()))
 
 
 def _knobs(section: Any, values: Any, prefix: str = "") -> list[tuple[str, str, str]]:

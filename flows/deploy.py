@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,11 +25,13 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 
 from flows import ROOT
+from flows.data_events import remember
 from flows.dvc_stage import stage_environment
 from flows.server import wait_until_up
+from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
 
@@ -45,17 +48,22 @@ STOP_SECONDS = 40  # a worker takes a run down with it, and a stage has ten seco
 
 
 def start(port: int) -> None:
-    """Start server and worker if they are not running, make the work pool, deploy, and say what to do next."""
+    """Start server, worker and the watcher of data/ if they are not running, deploy, and say what to do next."""
     url = ensure_server(port)
     prefect(url, "work-pool", "create", POOL, "--type", "process", "--overwrite")
     prefect(url, "--no-prompt", "deploy", "--all")
     if not find("worker"):
-        launch("worker", ["worker", "start", "--pool", POOL], url)
+        close_dead_runs(url)
+        launch("worker", ["prefect", "worker", "start", "--pool", POOL], url)
+    if not find("watcher"):
+        remember(ROOT / load_params(ROOT / "params.yaml").data.dataset_dir)
+        launch("watcher", ["apps.cli", "data", "watch"], url)
     print(
         f"Prefect's pages: {url.removesuffix('/api')}   (logs: .prefect/server.log, .prefect/worker.log)\n\n"
         "Next, in this folder, with the environment active (. .venv/bin/activate):\n"
         "  prefect deployment run rlhf-pipeline/default -p overrides='{\"ppo.learning_rate\": 2e-5}'\n"
         "  prefect deployment schedule ls rlhf-pipeline/default     its weekly schedule is paused: schedule resume\n"
+        "  prefect deployment run retrain/weekly     new data, pipeline, gate; by itself for a new file in data/\n"
         "  make stop"
     )
 
@@ -64,7 +72,7 @@ def stop() -> None:
     """Cancel the run at work, stop the worker, then the server: a worker without a server waits for it."""
     if find("worker") and find("server"):
         cancel_runs(server_url())
-    stopped = [name for name in ("worker", "server") if end(name)]
+    stopped = [name for name in ("watcher", "worker", "server") if end(name)]
     PROFILE.unlink(missing_ok=True)
     print(f"Stopped: {', '.join(stopped)}." if stopped else "Nothing was running.")
 
@@ -81,7 +89,7 @@ def ensure_server(port: int = PORT) -> str:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise InputError(f"port {port} is taken by another program: choose another, make deploy PORT={port + 1}")
     url = f"http://127.0.0.1:{port}/api"
-    process = launch("server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)], url)
+    process = launch("server", ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], url)
     wait_until_up(url, process, log_file("server"))
     write_text(PROFILE, f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{url}"\n')
     return url
@@ -109,6 +117,26 @@ def cancel_runs(url: str) -> None:
             time.sleep(1)
 
 
+def close_dead_runs(url: str) -> list[str]:
+    """Mark as Crashed what a worker of this machine had begun and no process is at: killed together with its worker.
+
+    Such a run would stay "Running", and keep the deployment's one slot until its lease ends, some six minutes later.
+    Returns the names of the runs.
+    """
+    alive = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    closed = []
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=ACTIVE, work_pool_filter=pool):
+            if str(run.id) not in alive:
+                client.set_flow_run_state(run.id, Crashed(message="Its process was killed."), force=True)
+                closed.append(run.name)
+    return closed
+
+
 def prefect(url: str, *arguments: str) -> None:
     """Run a command of Prefect against the server at `url`; its output is shown only if it fails."""
     command = [sys.executable, "-m", "prefect", *arguments]
@@ -120,11 +148,11 @@ def prefect(url: str, *arguments: str) -> None:
 
 
 def launch(name: str, arguments: list[str], url: str) -> subprocess.Popen[str]:
-    """Start a command of Prefect in the background and record its process."""
+    """Start a Python module with its arguments in the background and record its process."""
     HOME.mkdir(exist_ok=True)
     with log_file(name).open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
+            [sys.executable, "-m", *arguments],
             cwd=ROOT,
             env=environment(url),
             stdin=subprocess.DEVNULL,
@@ -173,8 +201,6 @@ def pages(port: int) -> None:
     if store.startswith("http"):
         print(f"The runs are on the tracking server: {store}")
         return
-    from glm.config import load_params
-
     open_store(load_params().tracking.experiment)  # makes the database if there is none yet
     print(f"MLflow's pages: http://127.0.0.1:{port}   (Ctrl-C ends them)", flush=True)
     arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -23,7 +23,7 @@ from glm.files import write_text
 # Seconds of each stage of the embedded default on two cores, for the first run; later ones know better.
 FIRST_GUESS = {
     **dict(fetch=5, preprocess=8, base=80, sft=60, evaluate_sft=25),
-    **dict(reward=50, ppo=90, evaluate=25, export=20, register=20),
+    **dict(reward=50, ppo=90, evaluate=25, export=20, register=20, judge=60),
 }
 NOTES = {"ran": "", "cached": "from the cache", "failed": "failed", "stopped": "stopped"}
 LOOKS = {  # mark and style of each state

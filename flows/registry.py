@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHALLENGER = "challenger"  # the alias of the newest result
-CHAMPION = "champion"  # the alias of the one to serve
 SMOKE_TEST_SECONDS = 600
 
 _SMOKE_TEST = """
@@ -74,36 +72,6 @@ def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
             smoke_test(f"models:/{name}/{version}")
         client.set_model_version_tag(name, version, "smoke_test", "passed")
     return version
-
-
-def promote(version: str, reason: str, params: Params) -> tuple[str, str | None]:
-    """Let the alias `champion` point to a version, once it has answered a question; record why, when and after whom.
-
-    `version` is a number, or an alias such as "challenger". Returns the version's number and that of the champion
-    before.
-
-    Raises:
-        InputError: there is no such model or version, or no reason.
-        SmokeTestError: the model does not answer; the alias is as before.
-    """
-    from mlflow.exceptions import MlflowException
-
-    if not reason.strip():
-        raise InputError("reason: say in a few words why this version is promoted; it is kept with the version")
-    client, _ = open_store(params.tracking.experiment)
-    name = params.promote.model_name
-    try:
-        found = client.get_model_version(name, version) if version.isdigit() else None
-        number = str((found or client.get_model_version_by_alias(name, version)).version)
-    except MlflowException:
-        raise InputError(f"{name}: no version or alias {version!r} is registered; see `make ui`, Models") from None
-    before = alias_version(client, name, CHAMPION)
-    with moved_alias(client, name, CHAMPION, number):
-        smoke_test(f"models:/{name}/{number}")
-    record = {"reason": reason, "at": datetime.now(UTC).isoformat(timespec="seconds"), "champion_before": before or ""}
-    for key, value in record.items():
-        client.set_model_version_tag(name, number, f"promoted.{key}", value)
-    return number, before
 
 
 def find_version(client: "MlflowClient", name: str, digest: str) -> str | None:

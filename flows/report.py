@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import Step, clock
+from glm.config import load_params
 from glm.data.check import summary as summary_of_data
 from glm.evaluation.curves import draw_curves
 
@@ -32,7 +33,7 @@ SAMPLES = 3
 LOCAL_PAGES = "http://127.0.0.1:5000"
 
 
-def collect(root: Path, steps: list[Step], parent_run: str | None, registered: str) -> dict[str, Any]:
+def collect(root: Path, steps: list[Step], parent_run: str | None, version: str) -> dict[str, Any]:
     """Read a finished run's metrics, samples and run records, as plain values."""
     return {
         "steps": [
@@ -43,7 +44,8 @@ def collect(root: Path, steps: list[Step], parent_run: str | None, registered: s
         "metrics": read_json(root / "metrics" / "evaluate.json"),
         "samples": json.loads((root / "reports" / "evaluate" / "samples.json").read_text(encoding="utf-8"))[:SAMPLES],
         "parent_run": parent_run,
-        "registered": registered,
+        "version": version,
+        "registered": f"{load_params(root / 'params.yaml').promote.model_name} version {version}, alias challenger",
     }
 
 

@@ -11,6 +11,7 @@ time-out does nothing, and there is one GPU.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -33,7 +35,9 @@ from rich.console import Console
 from flows import ROOT, report
 from flows.dvc_stage import DvcCacheKey, RefusedError, StageError, output_hashes, reproduce, run_cache_key, unchanged
 from flows.interrupt import handle_ctrl_c, stop_if_asked
+from flows.notify import notify
 from flows.progress import Board
+from flows.run_page import write_page
 from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
@@ -88,7 +92,13 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
     return Completed(name="Cached", message="DVC has the outputs: nothing was executed", data=data)
 
 
-@flow(name="rlhf-pipeline")
+@flow(
+    name="rlhf-pipeline",
+    on_completion=[notify],
+    on_failure=[notify],
+    on_crashed=[notify],
+    on_cancellation=[notify],
+)
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Every stage from fetch to export; then register the result as challenger.
 
@@ -116,17 +126,30 @@ def check(overrides: dict[str, Any]) -> None:
         check_inputs(load_params("params.yaml", overrides))
 
 
-def run_stages(root: Path, name: str) -> dict[str, Any]:
-    """Run every stage in `root`, register the result, and report."""
+def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any]:
+    """Run every stage in `root`, register the result with its lineage, and report.
+
+    `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
+    """
     board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(list(STAGES), root, board, parent_run, done)
         with board.running("register") as line:
-            registered = register_result(str(root))
+            version = register_result(str(root), parent_run, ours)
             line.state = "ran"
-        summary = report.collect(root, board.steps, parent_run, registered)
+        summary = report.collect(root, board.steps, parent_run, version)
+        write_report(root, name, parent_run, summary)
         report.publish(root, summary)
     return summary
+
+
+def write_report(root: Path, name: str, parent_run: str | None, summary: dict[str, Any]) -> None:
+    """Write reports/<run>.html in the checkout, for a run in a workspace too, and keep it with the run in MLflow."""
+    from tasks.tracking import keep_file
+
+    with chdir(root):
+        page = write_page(ROOT / "reports" / f"{name}.html", name, root, summary, load_params("params.yaml"))
+    keep_file(parent_run, page)
 
 
 def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
@@ -142,14 +165,19 @@ def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | 
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register_result(root: str) -> str:
-    """Register the exported model in MLflow as challenger, once for each export. Returns what it is called there."""
-    from flows.registry import CHALLENGER, register
+def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ()) -> str:
+    """Register the exported model in MLflow as challenger, once for each export, and record what it was made from.
+
+    Returns the version's number.
+    """
+    from flows.registry import register
+    from tasks.record import keep_record
 
     with chdir(root):
         params = load_params("params.yaml")
         version = register("models/export", report.read_json(Path("runs/export.json"))["run_id"], params)
-    return f"{params.promote.model_name} version {version}, alias {CHALLENGER}"
+        keep_record(params, version, parent_run, ours)
+    return version
 
 
 @contextmanager
@@ -212,11 +240,25 @@ def main() -> int:
     except StageError as error:
         print(error, file=sys.stderr)
         return 1
+    except httpx.TransportError as error:
+        start_again(error)
     except KeyboardInterrupt:
         print("Stopped. Nothing is left running; the next run goes on from the last finished step.", file=sys.stderr)
         return 130
     report.show(summary, Console())
     return 0
+
+
+def start_again(error: httpx.TransportError) -> NoReturn:
+    """Run this command once more, in place of this process: its Prefect server has gone away.
+
+    What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
+    this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
+    """
+    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def quieten() -> None:

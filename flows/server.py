@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import ROOT, guard
 from flows.interrupt import interruptible
@@ -28,13 +28,17 @@ LOG = ROOT / ".prefect" / "temporary-server.log"
 def prefect_api() -> Iterator[None]:
     """Within the block, flows find an API.
 
-    It is PREFECT_API_URL of the environment if that is set; else the server of `make deploy` if it answers; else a
-    server without pages and schedules, on the same database.
+    It is PREFECT_API_URL, of the environment or of `make deploy`, if that answers; else a server of this process,
+    without pages and schedules, on the project's own database.
     """
     deployed = PREFECT_API_URL.value()
-    if "PREFECT_API_URL" in os.environ or (deployed and is_up(deployed)):
-        yield
+    if deployed and is_up(deployed):
+        # a server that goes away is given up within seconds, not minutes: the run can go on without it
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+            yield
         return
+    if "PREFECT_API_URL" in os.environ:
+        print(f"warning: Prefect at {deployed} does not answer: this run is recorded in .prefect/", file=sys.stderr)
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     options = ["--host", "127.0.0.1", "--port", str(port), "--no-ui", "--no-scheduler", "--no-late-runs"]

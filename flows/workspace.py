@@ -3,6 +3,9 @@
 Runs with overrides and runs of a deployment work here, so that no run edits the checkout. What one made is kept as a
 DVC experiment (`dvc exp show`; `dvc exp apply NAME` brings it into the checkout), and the folder is removed, also after
 a cancel. The folder of a run that was killed outright is removed when the next one begins: a kernel lock tells which.
+
+With GLMFLOW_DVC_REMOTE set, data and results of other machines are fetched from there before, and the experiment goes
+there and to git's `origin` after: `dvc exp pull origin NAME` brings it to any other checkout.
 """
 
 import fcntl
@@ -29,6 +32,7 @@ from glm.errors import InputError
 from glm.files import write_text
 
 FOLDER = ROOT / ".worktrees"
+REMOTE = "GLMFLOW_DVC_REMOTE"  # environment variable: where data and results come from and go to, s3://bucket/path
 NOT_CODE = ["dvc.lock"]  # changed by every run; whether it is committed makes no difference to a workspace
 
 
@@ -71,7 +75,9 @@ def uncommitted() -> list[str]:
 def workspace(
     name: str, overrides: Mapping[str, Any], steps: Sequence[str] = (), like: str | None = None
 ) -> Iterator[Path]:
-    """A worktree of HEAD with `overrides` in its params.yaml. A block that ends well is kept as DVC experiment `name`.
+    """A worktree of HEAD with `overrides` in its params.yaml, and what HEAD's dvc.lock says was made.
+
+    A block that ends well is kept as DVC experiment `name`.
 
     `steps` are the stages that the experiment holds; all of them if empty. What an earlier experiment `name` on the
     same commit, or else `like`, has made is there from the start; DVC says what of it is current.
@@ -79,6 +85,17 @@ def workspace(
     Raises:
         InputError: the overridden parameters are not valid.
     """
+    with worktree(name, overrides) as root:
+        if earlier := lock_of(name) or (lock_of(like) if like else ""):
+            write_text(root / "dvc.lock", earlier)
+        restore(root)
+        yield root
+        keep(root, name, steps)
+
+
+@contextmanager
+def worktree(name: str, overrides: Mapping[str, Any]) -> Iterator[Path]:
+    """A worktree of HEAD with `overrides` in its params.yaml, without any output or data of DVC's yet."""
     remove_leftovers()
     root = FOLDER / name
     with guard.lock(lock_file(root)):
@@ -86,14 +103,23 @@ def workspace(
             git("worktree", "add", "--detach", str(root), "HEAD")
             load_params(root / "params.yaml", dict(overrides))
             share_cache(root)
-            if earlier := lock_of(name) or (lock_of(like) if like else ""):
-                write_text(root / "dvc.lock", earlier)
-            dvc(root, "checkout", "--allow-missing", "--force", "--quiet")
             write_overrides(root / "params.yaml", overrides)
             yield root
-            dvc(root, "exp", "save", "--force", "--name", name, *steps)
         finally:
             remove(root)
+
+
+def restore(root: Path) -> None:
+    """Bring what DVC tracks in the worktree out of the cache, or the remote of REMOTE, as far as it is there."""
+    bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
+    dvc(root, *bring, "--allow-missing", "--force", "--quiet")
+
+
+def keep(root: Path, name: str, steps: Sequence[str] = ()) -> None:
+    """Keep the state of the worktree as a DVC experiment, of `steps` only, and send it where other machines find it."""
+    dvc(root, "exp", "save", "--force", "--name", name, *steps)
+    if REMOTE in os.environ and "origin" in git("remote").split():
+        dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
 
 
 def lock_of(experiment: str) -> str:
@@ -108,6 +134,8 @@ def share_cache(root: Path) -> None:
     local = ROOT / ".dvc" / "config.local"
     if local.exists():
         shutil.copy(local, root / ".dvc" / "config.local")
+    if REMOTE in os.environ:
+        dvc(root, "remote", "add", "--local", "--default", "--force", "elsewhere", os.environ[REMOTE])
     cache = dvc(ROOT, "cache", "dir").strip()
     dvc(root, "config", "--local", "cache.dir", str((ROOT / cache).resolve()))
 

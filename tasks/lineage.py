@@ -60,10 +60,15 @@ def content_hash(path: str | Path) -> str:
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    entries = [{"md5": content_hash(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-    entries.sort(key=lambda entry: entry["relpath"])
+    entries = [{"md5": md5, "relpath": name} for name, md5 in files_of(path).items()]
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def files_of(folder: str | Path) -> dict[str, str]:
+    """The md5 of every file below a folder by its relative path, in the order in which DVC lists them."""
+    folder = Path(folder)
+    files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {name: content_hash(folder / name) for name in sorted(file.relative_to(folder).as_posix() for file in files)}
 
 
 def hashes_in_lock(path: str | Path = "dvc.lock") -> dict[str, str]:

@@ -95,14 +95,15 @@ class Stage:
         """Say how far the stage is; call it as often as you like."""
         self._progress.show(done, total, text)
 
-    def log_dataset(self, name: str, path: str | Path, split: str, rows: int) -> None:
-        """Record a file or folder as an input of the run, with its DVC hash as digest."""
+    def log_dataset(self, name: str, path: str | Path, split: str, rows: int, tokenised: str = "") -> None:
+        """Record a file or folder as an input of the run, with its DVC hash as digest, and the key of its token ids."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         digest = content_hash(path)
         source = json.dumps({"uri": str(Path(path).absolute())})
         dataset = Dataset(name, digest, "local", source, profile=json.dumps({"num_rows": rows}))
-        tags = [InputTag("mlflow.data.context", split), InputTag("dvc_md5", digest)]
+        tags = [InputTag("mlflow.data.context", split), InputTag("dvc_md5", digest), InputTag("rows", str(rows))]
+        tags += [InputTag("tokenised", tokenised)] if tokenised else []
         self.tracker.write(lambda client, run_id: client.log_inputs(run_id, [DatasetInput(dataset, tags)]))
 
     def log_adapter(self, folder: str | Path) -> None:
@@ -183,14 +184,14 @@ class Progress:
 
 def main(step: str, run: Run, uses_torch: bool = True) -> None:
     """Run one stage in this process and exit. A stage without torch says so and starts two seconds earlier."""
-    _fix_environment()
+    fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("glm").setLevel(logging.INFO)  # what the library chose, a line a choice
         params = load_params()
         entry = stage_entry(step)
-        _seed_everything(params.seed, uses_torch)
+        seed_everything(params.seed, uses_torch)
         run_stage(step, run, params, entry)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -239,7 +240,7 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     tracker.update_parent("FINISHED", [*done, step])
 
 
-def _fix_environment() -> None:
+def fix_environment() -> None:
     """Same machine, same params.yaml, same bytes: set what is read when Python and the BLAS start, and start again.
 
     The order of sets reaches files (peft's target_modules, for one); a sum's rounding depends on how many threads split
@@ -259,7 +260,7 @@ def _fix_environment() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _seed_everything(seed: int, uses_torch: bool) -> None:
+def seed_everything(seed: int, uses_torch: bool) -> None:
     import numpy as np
 
     random.seed(seed)

@@ -26,5 +26,5 @@ def tokenized(stage: Stage, tokenizer: "PreTrainedTokenizerBase", use: "Use", sp
 
     path = Path(ROWS, use, f"{split}.jsonl")
     rows = tokenize(path, tokenizer, stage.params.data, cache_folder(), progress=stage.progress)
-    stage.log_dataset(use, path, split=split, rows=len(rows))
+    stage.log_dataset(use, path, split=split, rows=len(rows), tokenised=rows.key)
     return rows

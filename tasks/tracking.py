@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from tasks.lineage import flatten, git_tags, lock_tags
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PROCESS_TAG = "glmflow.process"  # of a run: host, number and start of the process that is to end it
 KEY = "glmflow.key"  # tag: what a run stands for, where it is opened again by it
 PARENT_RUN = "GLMFLOW_PARENT_RUN_ID"  # environment variable by which a flow hands its run to the stages
 
@@ -107,14 +109,31 @@ def start_parent_run(
     """
     try:
         client, experiment_id = open_store(params.tracking.experiment)
+        tidy(client, experiment_id)
         tags = dict(tags or {}) | ({KEY: key} if key else {})
         found = client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1) if key else []
         if not found:
             return create_parent(client, experiment_id, params, run_name, tags)
-        client.update_run(found[0].info.run_id, status="RUNNING")
-        return found[0].info.run_id
+        run_id: str = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, PROCESS_TAG, process_key(psutil.Process()))
+        return run_id
     except Exception as error:  # whatever a store, a driver or a network may raise
         warn(store_uri(), f"the pipeline goes on without a run of its own: {error}")
+        return None
+
+
+def parent_of(run_id: str | None) -> str | None:
+    """The pipeline's run above a step's; None where the store does not know."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        parent: str | None = MlflowClient(store_uri()).get_run(run_id).data.tags.get("mlflow.parentRunId")
+        return parent
+    except MlflowException:
         return None
 
 
@@ -141,6 +160,18 @@ def finish_parent_run(
             client.log_artifact(run_id, str(path))
     except Exception as error:
         warn(store_uri(), f"the pipeline's run {run_id} is not complete: {error}")
+
+
+def keep_file(run_id: str | None, path: Path) -> None:
+    """Keep a copy of a file with a pipeline's run; nothing is done for None."""
+    if run_id is None:
+        return
+    import mlflow
+
+    try:
+        mlflow.MlflowClient(store_uri()).log_artifact(run_id, str(path))
+    except Exception as error:  # whatever a store, a driver or a network may raise
+        warn(store_uri(), f"{path} is not kept with the run: {error}")
 
 
 def warn(uri: str, text: str) -> None:
@@ -173,8 +204,49 @@ def link_steps(client: "MlflowClient", parent_id: str, steps: Iterable[str]) -> 
 
 
 def source_tags(program: str) -> dict[str, str]:
-    """Who ran what: the tags that MLflow's pages show as user and source."""
-    return {"mlflow.user": psutil.Process().username(), "mlflow.source.name": program, "mlflow.source.type": "LOCAL"}
+    """Who ran what: the tags that MLflow's pages show as user and source, and the process that will end the run."""
+    process = psutil.Process()
+    return {
+        "mlflow.user": process.username(),
+        "mlflow.source.name": program,
+        "mlflow.source.type": "LOCAL",
+        PROCESS_TAG: process_key(process),
+    }
+
+
+def process_key(process: psutil.Process) -> str:
+    """A process of some machine, at some time."""
+    return f"{socket.gethostname()}:{process.pid}:{process.create_time():.2f}"
+
+
+def close_killed_runs(client: "MlflowClient", experiment_id: str) -> list[str]:
+    """Close, as KILLED, the runs whose process on this machine is gone without doing so. Returns their ids."""
+    closed = []
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+        host, _, process = run.data.tags.get(PROCESS_TAG, "").partition(":")
+        if host == socket.gethostname() and not _is_alive(*process.split(":")):
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed.append(run.info.run_id)
+    return closed
+
+
+def _is_alive(pid: str, created: str) -> bool:
+    try:
+        process = psutil.Process(int(pid))
+        return f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def tidy(client: "MlflowClient", experiment_id: str) -> None:
+    """What every run does when it first reaches the store: see to what earlier ones could not."""
+    from tasks.unsent import send_unsent
+
+    try:
+        send_unsent(client)
+        close_killed_runs(client, experiment_id)
+    except Exception as error:  # whatever a store, a driver or a network may raise
+        warn(store_uri(), f"what earlier runs left behind stays for the next one: {error}")
 
 
 def create_parent(

@@ -57,6 +57,8 @@ class TokenizedRows(Sequence[Example]):
     def __init__(self, dataset: "Dataset", summary: dict[str, int], folder: Path) -> None:
         self.dataset = dataset
         self.folder = folder
+        self.key = folder.name
+        """The set's name in the cache: a hash of all that it depends on."""
         self.truncated = summary["truncated"]
         """Rows that were cut."""
         self.tokens = summary["tokens"]

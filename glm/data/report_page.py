@@ -3,30 +3,20 @@
 from html import escape
 from typing import Any
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .15rem .8rem .15rem 0; text-align: left }
-td.number { text-align: right; font-variant-numeric: tabular-nums } th { color: #666; font-weight: 500 }
-.figures { display: flex; flex-wrap: wrap; gap: 2rem } figure { margin: 0 } figcaption { color: #666 }
-code { background: #f4f4f4; padding: 0 .2rem } .note { color: #666 }
-"""
+from glm.html import document, table
+
 BAR, GAP, LABELS, WIDTH = 16, 4, 110, 260  # pixels
 
 
 def page(report: dict[str, Any], title: str = "Datasets") -> str:
     """The report of `glm.data.prepare.prepare` as HTML."""
-    parts = [
-        "<!doctype html>",
-        f"<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
-        f"<style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
-        _overview(report),
-    ]
-    for use, datasets in report.items():
-        for name, counts in datasets.items():
-            parts.append(_section(use, name, counts))
-    return "\n".join([*parts, "</body></html>", ""])
+    return document(title, sections(report))
+
+
+def sections(report: dict[str, Any]) -> list[str]:
+    """The parts of the page: all datasets side by side, then each."""
+    each = [_section(use, name, counts) for use, datasets in report.items() for name, counts in datasets.items()]
+    return [_overview(report), *each]
 
 
 def _overview(report: dict[str, Any]) -> str:
@@ -36,7 +26,7 @@ def _overview(report: dict[str, Any]) -> str:
         for use, datasets in report.items()
         for name, counts in datasets.items()
     ]
-    return _table(["use", "dataset", *columns, "tokens"], rows)
+    return table(["use", "dataset", *columns, "tokens"], rows)
 
 
 def _section(use: str, name: str, counts: dict[str, Any]) -> str:
@@ -60,7 +50,7 @@ def _section(use: str, name: str, counts: dict[str, Any]) -> str:
             _bars("Dropped", list(counts["dropped"].items()), "{:,}") if counts["dropped"] else "",
             "</div>",
             "<h3>Longest rows</h3>"
-            + _table(["row", "tokens"], [[row["id"], row["tokens"]] for row in counts["longest"]]),
+            + table(["row", "tokens"], [[row["id"], row["tokens"]] for row in counts["longest"]]),
             _dropped(counts["dropped_rows"]),
         ]
     )
@@ -69,19 +59,9 @@ def _section(use: str, name: str, counts: dict[str, Any]) -> str:
 def _dropped(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    table = _table(["row", "line", "reason"], [[row["id"], row.get("line", ""), row["reason"]] for row in rows])
-    return f"<h3>Some dropped rows</h3>{table}"
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, int):
-            return f"<td class='number'>{value:,}</td>"
-        return f"<td>{escape(str(value))}</td>"
-
-    lines = ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    lines += ["<tr>" + "".join(cell(value) for value in row) + "</tr>" for row in rows]
-    return "\n".join([*lines, "</table>"])
+    return "<h3>Some dropped rows</h3>" + table(
+        ["row", "line", "reason"], [[row["id"], row.get("line", ""), row["reason"]] for row in rows]
+    )
 
 
 def _bars(title: str, values: list[tuple[str, float]], form: str) -> str:

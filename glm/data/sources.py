@@ -87,6 +87,8 @@ def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] 
             raise InputError(
                 f"dataset {name!r}: {target} holds the folder {folders[0]!r}, and only its own files would be read"
             )
+        if not paths and any((target / name).exists() for name in (".gitignore", ".gitkeep")):
+            return []  # kept empty on purpose: it fills later, as that of feedback
     else:
         paths = [target] if target.exists() else []
     if not paths:

@@ -79,7 +79,7 @@ class Step:
     def __init__(self, model: GlmForCausalLM, *, compiled: bool) -> None:
         self.config = model.config
         self.activation = model.model.layers[0].mlp.activation_fn
-        self.block = torch.compile(_block, fullgraph=True) if compiled else _block
+        self.block = torch.compile(decode_block, fullgraph=True) if compiled else decode_block
         self.choose = torch.compile(choose, fullgraph=True) if compiled else choose
 
     def __call__(self, weights: Weights, state: State, end: int, pad: int) -> None:
@@ -98,10 +98,10 @@ class Step:
             hidden, change = self.block(
                 hidden, change, block, keys, values, state.column, rotary, bias, self.activation, config.rms_norm_eps
             )
-        self.choose(weights, state, _rms_norm(hidden + change, weights.norm, config.rms_norm_eps), end, pad)
+        self.choose(weights, state, rms_norm(hidden + change, weights.norm, config.rms_norm_eps), end, pad)
 
 
-def _block(
+def decode_block(
     hidden: Tensor,
     change: Tensor,
     block: Block,
@@ -113,22 +113,30 @@ def _block(
     activation: nn.Module,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer on hidden states [n, hidden], to which the `change` by the layer before is yet to be added."""
+    """One decoder layer on hidden states [n, hidden], to which the `change` by the layer before is yet to be added.
+
+    `column` says where key and value go: [1], the same for all rows, or [n, key heads, 1, head size], each row's own.
+    """
     hidden = hidden + change
     rows, groups, shared, _ = bias.shape
     size = keys.shape[-1]
-    normed = _rms_norm(hidden, block.input_norm, eps)
+    normed = rms_norm(hidden, block.input_norm, eps)
     query, key, value = _project(normed, block.qkv).split(
         [groups * shared * size, groups * size, groups * size], dim=-1
     )
     query, key = query.view(rows, groups * shared, 1, size), key.view(rows, groups, 1, size)
     query, key = apply_rotary_pos_emb(query, key, *rotary)
-    keys.index_copy_(2, column, key)
-    values.index_copy_(2, column, value.view(rows, groups, 1, size))
+    value = value.view(rows, groups, 1, size)
+    if column.dim() == 1:
+        keys.index_copy_(2, column, key)
+        values.index_copy_(2, column, value)
+    else:
+        keys.scatter_(2, column, key)
+        values.scatter_(2, column, value)
     query = query.reshape(rows, groups, shared, size)  # the heads that share a key, where a sequence would be
     attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
     hidden = hidden + _project(attended.reshape(rows, -1), block.out)
-    gate, up = _project(_rms_norm(hidden, block.mlp_norm, eps), block.gate_up).chunk(2, dim=-1)
+    gate, up = _project(rms_norm(hidden, block.mlp_norm, eps), block.gate_up).chunk(2, dim=-1)
     return hidden, _project(up * activation(gate), block.down)
 
 
@@ -216,7 +224,8 @@ def follow_adapter(weights: Weights, model: GlmForCausalLM) -> None:
                 projection.up[:, :rank] = linear.lora_B[name].weight * linear.scaling[name]
 
 
-def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zhang and Sennrich 2019, as GlmRMSNorm: the mean in float32."""
     wide = hidden.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 

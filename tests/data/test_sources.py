@@ -15,7 +15,7 @@ import pytest
 from glm.config import Data
 from glm.data.check import check
 from glm.data.converters import CONVERTERS
-from glm.data.raw_rows import FOLDER_FORMATS
+from glm.data.raw_rows import FOLDER_FORMATS, read_rows
 from glm.data.registry import read_registry
 from glm.data.sources import SCRIPTS, fetch
 from glm.errors import InputError
@@ -38,7 +38,7 @@ def dataset_dir(folder: Path, **entries: dict[str, Any]) -> Path:
 
 def test_the_registry_holds_the_reference_s_datasets_and_more() -> None:
     registry = read_registry(ROOT / "data")
-    assert len(registry) == 4 + 30 + 3
+    assert len(registry) == 4 + 1 + 30 + 3
     assert {"pclue", "coig", "baize"} < registry.keys()
     assert registry["oaast_sft_zh"].file_sha1 == "a6a91f18f80f37b10ded9cf633fb50c033bf7b9f"
     assert registry["firefly"].columns == {"prompt": "input", "query": "", "response": "target", "history": ""}
@@ -231,3 +231,23 @@ def test_urls(tmp_path: Path, server: str) -> None:
     with pytest.raises(InputError, match=r"dataset 'lost': cannot be downloaded: .*404"):
         fetch(["lost"], folder, tmp_path / "raw")
     assert (tmp_path / "raw" / "plain").is_dir()  # what was fetched before is untouched
+
+
+def test_a_folder_may_be_empty_and_feedback_rows_serve_two_uses(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "feedback").mkdir(parents=True)
+    (data / "feedback" / ".gitignore").write_text("*\n")
+    (data / "dataset_info.json").write_text('{"feedback": {"file_name": "feedback"}}')
+    assert fetch(["feedback"], data, tmp_path / "raw")["feedback"]["sha256"] == {}
+    entry = read_registry(data)["feedback"]
+    assert list(read_rows("feedback", entry, tmp_path / "raw" / "feedback", "reward")) == []
+
+    asked = {"id": "1", "time": "2026-11-24", "model": "models:/m/1", "prompt": [{"role": "user", "content": "q"}]}
+    pair, thumb = asked | {"chosen": "good", "rejected": "bad"}, asked | {"completion": "a", "label": False}
+    (data / "feedback" / "today.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(thumb)}\n")
+    fetch(["feedback"], data, tmp_path / "raw")
+    ranked, unranked = read_rows("feedback", entry, tmp_path / "raw" / "feedback", "reward")
+    assert ranked.row and ranked.row["answers"] == ["good", "bad"] and unranked.row is None and not unranked.broken
+    unlabelled, labelled = read_rows("feedback", entry, tmp_path / "raw" / "feedback", "kto")
+    assert labelled.row and (labelled.row["answer"], labelled.row["label"]) == ("a", False)
+    assert unlabelled.row is None and not unlabelled.broken

@@ -148,9 +148,8 @@ def project(tmp_path: Path, prefect_api: str) -> Iterator[Project]:
     shutil.copy(HERE / "trivial_stage.py", root / "tasks" / "trivial.py")
     for step in STEPS:
         (root / "tasks" / f"{step}.py").write_text(f"from tasks.trivial import main\n\nmain({step!r})\n")
-    (root / "flows" / "registry.py").write_text(
-        "CHALLENGER = 'challenger'\n\n\ndef register(export_dir, run_id, params):\n    return '1'\n"
-    )
+    with (root / "flows" / "registry.py").open("a") as file:
+        file.write((HERE / "trivial_registry.py").read_text())
     project = Project(root, home, prefect_api)
     project.git("init", "--quiet", "--initial-branch=main")
     project.commit()

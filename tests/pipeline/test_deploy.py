@@ -49,9 +49,11 @@ def test_deployment(deployed: Project) -> None:
     assert url.removesuffix("/api") in deploy(deployed, "start")
     assert server == (deployed.root / ".prefect" / "server.json").read_text()
     assert worker == (deployed.root / ".prefect" / "worker.json").read_text()
-    deployments = query(url, "deployments/filter", {"flows": {"name": {"any_": ["rlhf-pipeline", "compare-methods"]}}})
-    assert len(deployments) == 2
-    (deployment,) = (one for one in deployments if one["entrypoint"].endswith(":rlhf_pipeline"))
+    deployments = query(url, "deployments/filter", {})
+    assert len(deployments) == 3
+    by_flow = {one["entrypoint"].rpartition(":")[2]: one for one in deployments}
+    deployment, retraining = by_flow["rlhf_pipeline"], by_flow["retrain"]
+    assert retraining["name"] == "weekly" and not retraining["schedules"][0]["active"]
     assert deployment["name"] == "default" and deployment["work_pool_name"] == "local"
     (schedule,) = deployment["schedules"]
     assert schedule["schedule"]["cron"] == "0 3 * * 0" and not schedule["active"]
@@ -81,7 +83,7 @@ def test_deployment(deployed: Project) -> None:
     # stopping takes the run at work along
     deployed.command(*run, "overrides={}")
     deployed.wait_for("sft", seconds=90)
-    assert "worker, server" in deploy(deployed, "stop")
+    assert "watcher, worker, server" in deploy(deployed, "stop")
     deployed.assert_nothing_runs()
     assert "Nothing" in deploy(deployed, "stop")
     assert not (deployed.root / ".prefect" / "profiles.toml").exists()

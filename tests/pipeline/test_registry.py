@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -17,7 +18,8 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.registry import SmokeTestError, alias_version, moved_alias, register
+from flows import champion
+from flows.registry import SmokeTestError, alias_version, moved_alias, register, smoke_test
 from glm.config import Params, validate_params
 from glm.errors import InputError
 from tasks.lineage import content_hash
@@ -220,6 +222,100 @@ def test_a_failed_transaction_puts_the_alias_back(store: MlflowClient) -> None:
         assert alias_version(store, NAME, "challenger") == "1"
         raise KeyboardInterrupt
     assert alias_version(store, NAME, "challenger") == "2"
+
+
+@pytest.fixture
+def versions(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """Four versions that answer, so that only the alias and its record are under test."""
+    store.create_registered_model(NAME)
+    experiment = store.get_experiment_by_name("rlhf-pipeline").experiment_id
+    for number in range(1, 5):
+        run = store.create_run(experiment, tags={"glmflow.step": "pipeline"})
+        tags = {"glmflow.run.pipeline": run.info.run_id}
+        store.create_model_version(NAME, source=f"/nowhere/{number}", tags=tags)
+    monkeypatch.setattr(champion, "smoke_test", lambda uri: None)
+    return store
+
+
+def test_champions_are_promoted_and_taken_back_step_by_step(versions: MlflowClient) -> None:
+    params = Params()
+    assert champion.promote("1", "the first", params) == ("1", None)
+    assert champion.promote("2", "better", params, by="gate") == ("2", "1")
+    assert champion.promote("2", "again", params) == ("2", "2")  # nothing to do, nothing recorded
+    run_id = versions.get_model_version(NAME, "3").tags["glmflow.run.pipeline"]
+    assert champion.promote_run(run_id, "the run's", params) == ("3", "2")
+    assert versions.get_model_version(NAME, "3").tags["promoted.reason"] == "the run's"
+
+    assert champion.rollback("it swears", params) == ("2", "3")
+    assert champion.rollback("so does this one", params) == ("1", "2")
+    assert alias_version(versions, NAME, "champion") == "1"
+    with pytest.raises(InputError, match="cannot go 1 back from version 1: champions before it are none"):
+        champion.rollback("further", params)
+
+    champion.promote("4", "new", params)
+    versions.set_registered_model_alias(NAME, "champion", "2")  # by other means
+    champion.promote("3", "newer", params)
+    assert champion.rollback("three", params, steps=3) == ("1", "3")
+    moves = [(move.action, move.version, move.before, move.reason) for move in champion.moves(params)]
+    assert moves == [
+        ("promote", "1", None, "the first"),
+        ("promote", "2", "1", "better"),
+        ("promote", "3", "2", "the run's"),
+        ("rollback", "2", "3", "it swears"),
+        ("rollback", "1", "2", "so does this one"),
+        ("promote", "4", "1", "new"),
+        ("promote", "3", "2", "newer"),
+        ("rollback", "1", "3", "three"),
+    ]
+    assert champion.moves(params)[1].by == "gate"
+
+
+def test_deleted_champions_are_passed_over(versions: MlflowClient) -> None:
+    for version in ("1", "2", "3"):
+        champion.promote(version, "better", Params())
+    versions.delete_model_version(NAME, "2")
+    assert champion.rollback("worse", Params()) == ("1", "3")
+
+
+def test_a_move_that_cannot_be_recorded_does_not_happen(
+    versions: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion.promote("1", "the first", Params())
+    champion.promote("2", "better", Params())
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_tag", full_disk)
+    for move in (lambda: champion.promote("3", "better", Params()), lambda: champion.rollback("worse", Params())):
+        with pytest.raises(OSError, match="No space"):
+            move()
+        assert alias_version(versions, NAME, "champion") == "2"
+
+
+def test_a_model_that_does_not_answer_is_no_champion(versions: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    champion.promote("1", "the first", Params())
+    monkeypatch.setattr(champion, "smoke_test", smoke_test)
+    with pytest.raises(SmokeTestError, match=f"models:/{NAME}/2"):
+        champion.promote("2", "better", Params())
+    assert alias_version(versions, NAME, "champion") == "1"
+    assert len(champion.moves(Params())) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda params: champion.promote("1", "  ", params), "reason"),
+        (lambda params: champion.promote("7", "better", params), r"models:/rlhf-policy/7: not registered.*4, 3, 2, 1"),
+        (lambda params: champion.promote("best", "better", params), "rlhf-policy@best: not registered"),
+        (lambda params: champion.promote_run("0" * 32, "better", params), "not in the store"),
+        (lambda params: champion.rollback("worse", params), "cannot go 1 back from version none"),
+    ],
+)
+def test_wrong_moves_are_refused(versions: MlflowClient, call: Callable[[Params], object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call(Params())
+    assert alias_version(versions, NAME, "champion") is None
 
 
 def test_a_missing_export_is_named(tmp_path: Path, store: MlflowClient) -> None:

@@ -52,13 +52,18 @@ if __name__ == "__main__":
 
 def call(folder: Path, *command: str, **more: str) -> str:
     """Run a command in the project as a user would, with the store where it is by default."""
+    result = subprocess.run(command, cwd=folder, env=environment() | more, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def environment() -> dict[str, str]:
+    """A user's, who has set nothing."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GLMFLOW_", "MLFLOW_", "DVC_", "GIT_"))}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    result = subprocess.run(command, cwd=folder, env=environment | more, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +227,40 @@ def test_a_dead_server_does_not_stop_the_stage(project: Path) -> None:
     said = call(project, "python", "sft.py", MLFLOW_TRACKING_URI="http://user:secret@127.0.0.1:9")
     assert time.monotonic() - started < 60
     assert said.count("the step goes on") == 1
-    assert "records of this step are lost" in said
+    assert "glmflow sync" in said
     assert "secret" not in said
     assert json.loads((project / "metrics/sft.json").read_text()) == {"loss": 1.0}
     assert json.loads((project / "runs/sft.json").read_text())["run_id"] is None
+
+    # the next run that reaches a store sends what was kept
+    call(project, "python", "base.py")
+    client, all_runs = runs(project)
+    (sft,) = (run for run in all_runs if run.info.run_name == "sft")
+    assert sft.info.status == "FINISHED"
+    assert [point.value for point in client.get_metric_history(sft.info.run_id, "loss")] == [2.0, 1.0, 1.0]
+    assert sft.data.params["sft.lora_rank"] == "16"
+    assert "dvc.out.models/sft" in sft.data.tags
+    assert list((project / "mlruns" / "unsent").iterdir()) == []
+
+
+@pytest.mark.parametrize("store", ["there", "away"])
+def test_kill_9_leaves_no_running_run_and_loses_no_point(project: Path, store: str) -> None:
+    text = (project / "sft.py").read_text()
+    slow = text.replace(
+        "    write_text", "    print('up', flush=True)\n    __import__('time').sleep(60)\n    write_text"
+    )
+    (project / "slow.py").write_text(slow)
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"} if store == "away" else {}
+    out = subprocess.PIPE
+    process = subprocess.Popen(["python", "slow.py"], cwd=project, env=environment() | away, stdout=out, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    call(project, "python", "base.py")
+    client, all_runs = runs(project)
+    (sft,) = (run for run in all_runs if run.info.run_name == "sft")
+    assert sft.info.status == "KILLED"
+    assert client.get_metric_history(sft.info.run_id, "loss")[0].value == 2.0
 
 
 def test_a_store_that_comes_back_gets_everything(project: Path) -> None:

@@ -1,0 +1,169 @@
+"""Any model by one name, with what comes with it: chat, server and export all ask here.
+
+models/export, zai-org/chatglm2-6b        a folder, or a hub id (also NAME@REVISION)
+models/sft                                a trained adapter's folder: its base is found
+models:/rlhf-policy@champion, .../3       a registered model, by alias or version
+runs:/ID/export, or a run's id alone      a model that a run logged; of a pipeline's run, its export's
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm.config import Data
+from glm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+STEPS = ("export", "ppo", "sft")  # of a pipeline's run, the first that logged a model
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a name stands for."""
+
+    name: str
+    base: str  # a folder or hub id
+    revision: str | None = None
+    adapters: tuple[str, ...] = ()  # on it, in this order
+    data: Data = field(default_factory=Data)  # system prompt and longest prompt, as in training where that is known
+    version: str = ""  # what exactly it is: a registered version, a logged model, or a hub revision
+
+    def load(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The model in evaluation mode, on the GPU where there is one, and its tokenizer with its chat template."""
+        import torch
+        from transformers.utils import logging
+
+        from glm.models import load_model, load_tokenizer
+
+        logging.disable_progress_bar()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # The tokenizer first: it loads at once, and a model without one is of no use.
+        tokenizer = load_tokenizer(self.base, revision=self.revision)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about what peft calls in transformers
+            model = load_model(self.base, adapters=self.adapters, dtype=dtype, device=device, revision=self.revision)
+        return model, tokenizer
+
+    def describe(self) -> str:
+        """One line for people."""
+        on = f" (revision {self.revision})" if self.revision else ""
+        parts = [f"{self.base}{on}", *self.adapters]
+        said = " + ".join(parts)
+        return said if self.name == said else f"{self.name}: {said}"
+
+
+def resolve(name: str, adapters: Sequence[str] = ()) -> Resolved:
+    """Find out what `name` stands for; `adapters` are put on it.
+
+    Raises:
+        InputError: there is nothing of this name, or what it stands on is missing.
+    """
+    if name.startswith(("models:/", "runs:/")):
+        found = _logged(name, name)
+    elif RUN_ID.fullmatch(name) and not Path(name).exists():
+        found = _of_run(name)
+    else:
+        found = _local_or_hub(name)
+    if not adapters:
+        return found
+    for adapter in adapters:
+        if not Path(adapter).exists():
+            raise InputError(f"adapter: {adapter}: no such folder")
+    return Resolved(
+        name=" + ".join([name, *adapters]),
+        base=found.base,
+        revision=found.revision,
+        adapters=(*found.adapters, *adapters),
+        data=found.data,
+        version=found.version,
+    )
+
+
+def _local_or_hub(name: str) -> Resolved:
+    from glm.models.checkpoint import follow_pointer
+
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise InputError(f"model: {name}: no such folder")
+        if name.startswith(("models/", "runs/")):  # of the pipeline, and not made yet
+            raise InputError(f"model: {name}: no such folder; `glmflow run` makes it")
+        hub_id, _, commit = name.partition("@")
+        return Resolved(name, hub_id, commit or None, version=commit)
+    if (folder / "MLmodel").exists():
+        return _pyfunc(name, folder, "")
+    if (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"model: {folder}/adapter_config.json names no base; give the base and --adapter {name}")
+        below = resolve(base)
+        return Resolved(name, below.base, below.revision or config.get("revision"), (*below.adapters, name))
+    base, revision = follow_pointer(folder)
+    if base == str(folder) and not (folder / "config.json").exists():
+        raise InputError(f"model: {name}: holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    return Resolved(name, base, revision)
+
+
+def _of_run(run_id: str) -> Resolved:
+    """The model that an MLflow run logged; of a pipeline's run, the one of its last step that did."""
+    from mlflow.exceptions import MlflowException
+
+    client = _client()
+    try:
+        run = client.get_run(run_id)
+        makers = [run.data.tags.get(f"glmflow.run.{step}") for step in STEPS]
+        for maker in [run_id, *filter(None, makers)]:
+            if outputs := client.get_run(maker).outputs.model_outputs:
+                return _logged(run_id, f"models:/{outputs[-1].model_id}")
+    except MlflowException as error:
+        raise InputError(f"model: {run_id}: no such run in the MLflow store ({error.message})") from None
+    raise InputError(f"model: run {run_id} has logged no model; see `make ui`")
+
+
+def _logged(name: str, uri: str) -> Resolved:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = _client()
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        version = uri.removeprefix("models:/")
+        if "@" in version:
+            model, alias = version.split("@", 1)
+            version = f"{model}/{client.get_model_version_by_alias(model, alias).version}"
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model: {name}: not in the MLflow store {mlflow.get_tracking_uri()}: {reason}") from None
+    return _pyfunc(name, folder, version)
+
+
+def _pyfunc(name: str, folder: Path, version: str) -> Resolved:
+    """A chat model as tasks/logged_models.py logs it: folders as artifacts, the prompt's settings as config."""
+    from ruamel.yaml import YAML
+
+    from glm.models.checkpoint import follow_pointer
+
+    flavor: dict[str, Any] = YAML(typ="safe").load(folder / "MLmodel").get("flavors", {}).get("python_function", {})
+    artifacts = {key: str(folder / value["path"]) for key, value in (flavor.get("artifacts") or {}).items()}
+    config = flavor.get("config") or {}
+    if "base" not in artifacts or "generation" not in config:
+        raise InputError(f"model: {name}: not a chat model that this project logged")
+    base, revision = follow_pointer(artifacts["base"])
+    adapters = (artifacts["adapter"],) if "adapter" in artifacts else ()
+    return Resolved(name, base, revision, adapters, Data(**config["data"]), version)
+
+
+def _client() -> Any:
+    from glm.config import Tracking
+    from tasks.tracking import open_store
+
+    return open_store(Tracking().experiment)[0]

@@ -1,0 +1,148 @@
+"""What the orchestration costs beside the bare scripts: `python -m benchmarks.orchestration`, on an idle machine.
+
+It works in a temporary copy of the checkout whose stages do nothing but tell the time, with the real frame of a stage
+(tasks/stage.py), Prefect, DVC and MLflow around them. Prints a table; exit status 1 if a bound is missed.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL
+from rich.console import Console
+from rich.table import Table
+
+from flows.server import prefect_api
+from tasks import STEPS
+from tests.pipeline.conftest import Project, copy_checkout, last_run, query
+
+ROUNDS = 3
+STEP = "sft"  # the stage that is looked at
+TRAINING_STEPS, STEP_SECONDS = 150, 0.2  # as the embedded default trains
+STAGE = f"""
+import json, sys, time
+from pathlib import Path
+from tasks.stage import main
+
+def run(stage):
+    times = [time.time()]
+    logging = 0.0
+    for step in range(1, {TRAINING_STEPS} + 1 if "TRAIN" in __import__("os").environ else 1):
+        time.sleep({STEP_SECONDS})
+        before = time.perf_counter()
+        stage.log(step, {{"loss": 1.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0, "entropy": 2.0}})
+        stage.log_speed(step, {{"tokens_per_second": 1e4, "memory_gb": 1.0}})
+        logging += time.perf_counter() - before
+    for path in ("models/{STEP}", ):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(path, "made").write_text("x")
+    times.append(time.time())
+    Path("times.json").write_text(json.dumps(times + [logging]))
+    return {{"loss": 1.0}}
+
+if __name__ == "__main__":
+    main("{STEP}", run, uses_torch=False)
+"""
+
+
+def main() -> int:
+    """Measure and print. Returns the exit status."""
+    table = Table("what", "seconds", "bound", title=f"Orchestration, best of {ROUNDS}", title_justify="left")
+    missed = []
+
+    def row(what: str, seconds: float, bound: float | None = None, unit: str = "") -> None:
+        table.add_row(what, f"{seconds:.2f}{unit}", "" if bound is None else f"< {bound:g}{unit}")
+        if bound is not None and seconds >= bound:
+            missed.append(what)
+
+    with tempfile.TemporaryDirectory() as folder:
+        project = make_project(Path(folder))
+        project.flow()
+        row("dvc repro, nothing to do", best(lambda: project.dvc("repro")), 5)
+        row("cached flow, own server", best(lambda: project.flow()), 15)
+
+        bare = [bare_stage(project) for _ in range(ROUNDS)]
+        row("bare script: start to its first line", min(start for start, _ in bare))
+        row("bare script: last line to exit", min(end for _, end in bare))
+        os.environ.pop("PREFECT_API_URL", None)
+        with prefect_api():
+            project.env["PREFECT_API_URL"] = str(PREFECT_API_URL.value())
+            row("cached flow, running server", best(lambda: project.flow()), 15)
+            flow = [flow_stage(project, seed) for seed in range(ROUNDS)]
+        row("in the flow: task's start to first line", min(start for start, _ in flow), 4)
+        row("in the flow: last line to task's end", min(end for _, end in flow), 4)
+        row("MLflow logging, share of training", 100 * logging_share(project), 1, " %")
+    Console().print(table)
+    if missed:
+        print(f"missed: {', '.join(missed)}")
+    return bool(missed)
+
+
+def make_project(folder: Path) -> Project:
+    """A copy of the checkout with trivial stages, but for STEP, which has the real frame."""
+    root, home = folder / "project", folder / "home"
+    home.mkdir()
+    copy_checkout(root)
+    (root / "tasks" / "trivial.py").write_text(Path("tests/pipeline/trivial_stage.py").read_text())
+    for step in STEPS:
+        (root / "tasks" / f"{step}.py").write_text(f"from tasks.trivial import main\n\nmain({step!r})\n")
+    (root / "tasks" / f"{STEP}.py").write_text(STAGE)
+    (root / "flows" / "registry.py").write_text(
+        "CHALLENGER = 'challenger'\n\n\ndef register(export_dir, run_id, params):\n    return '1'\n"
+    )
+    project = Project(root, home, None)
+    project.git("init", "--quiet", "--initial-branch=main")
+    project.commit()
+    return project
+
+
+def best(what: Callable[[], object]) -> float:
+    """The shortest of ROUNDS times."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        what()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bare_stage(project: Project) -> tuple[float, float]:
+    """Seconds from `python -m tasks.STEP` to its first line, and from its last to its exit."""
+    start = time.time()
+    project.command(sys.executable, "-m", f"tasks.{STEP}")
+    end = time.time()
+    first, last, _ = times(project)
+    return first - start, end - last
+
+
+def flow_stage(project: Project, seed: int) -> tuple[float, float]:
+    """The same in a flow, from the start of its Prefect task, and to its end."""
+    project.set_param("sft.logging_steps", str(10 + seed), str(11 + seed))
+    project.flow()
+    first, last, _ = times(project)
+    api = project.env["PREFECT_API_URL"]
+    tasks = query(api, "task_runs/filter", {"flow_runs": {"id": {"any_": [last_run(api)["id"]]}}})
+    (task,) = (task for task in tasks if task["name"] == STEP)
+    start, end = (datetime.fromisoformat(task[key]).timestamp() for key in ("start_time", "end_time"))
+    return first - start, end - last
+
+
+def logging_share(project: Project) -> float:
+    """Seconds in `stage.log` for each second of a training whose steps are as long as the embedded default's."""
+    project.command(sys.executable, "-m", f"tasks.{STEP}", TRAIN="1")
+    first, last, logging = times(project)
+    return logging / (last - first)
+
+
+def times(project: Project) -> list[float]:
+    """First line, last line, seconds of logging, as the stage wrote them."""
+    return json.loads((project.root / "times.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

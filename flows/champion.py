@@ -1,0 +1,157 @@
+"""Who is the champion: promoting by hand or by the gate, going back, and the record of both.
+
+Every move of the alias `champion` is an event, kept as a tag of the registered model (`champion.0001`, JSON), so that
+the record outlives versions and can be read in MLflow's pages. A move and its record are one transaction: if anything
+fails, the alias is back where it was.
+"""
+
+import getpass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from flows.registry import alias_version, moved_alias, smoke_test
+from glm.config import Params
+from glm.errors import InputError
+from tasks.registered import find_version, version_of_run
+from tasks.tracking import open_store, store_lock, store_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"  # the alias of the one to serve
+EVENT = "champion."  # what the events' tags begin with
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of the alias `champion`."""
+
+    action: str  # promote or rollback
+    version: str
+    before: str | None
+    reason: str
+    by: str
+    at: str
+
+
+def promote(version: str, reason: str, params: Params, by: str | None = None) -> tuple[str, str | None]:
+    """Let the alias `champion` point to a version, once it has answered a question; record why, when and after whom.
+
+    `version` is a number, or an alias such as "challenger". Returns the version's number and that of the champion
+    before; if the two are equal, nothing was done.
+
+    Raises:
+        InputError: there is no such model or version, or no reason.
+        SmokeTestError: the model does not answer; the alias is as before.
+    """
+    check_reason(reason, "promoted")
+    client, _ = open_store(params.tracking.experiment)
+    name = params.promote.model_name
+    uri = f"models:/{name}/{version}" if version.isdigit() else f"models:/{name}@{version}"
+    number = str(find_version(client, uri).version)
+    if alias_version(client, name, CHAMPION) == number:
+        return number, number
+    smoke_test(f"models:/{name}/{number}")
+    move = move_champion(client, name, number, "promote", reason, by)
+    return number, move.before
+
+
+def promote_run(run_id: str, reason: str, params: Params) -> tuple[str, str | None]:
+    """`promote` the version that a run made: a pipeline's run, or that of its export step."""
+    client, _ = open_store(params.tracking.experiment)
+    return promote(str(version_of_run(client, params.promote.model_name, run_id).version), reason, params)
+
+
+def rollback(reason: str, params: Params, steps: int = 1) -> tuple[str, str | None]:
+    """Let the alias `champion` point to the champion before the present one, or `steps` before; once it has answered.
+
+    Asked twice, it goes two back. Versions that were deleted are passed over. Returns the champion now and before.
+
+    Raises:
+        InputError: nobody was champion before, or no reason is given.
+        SmokeTestError: the earlier model does not answer any more; the alias is as before.
+    """
+    check_reason(reason, "taken back")
+    client, _ = open_store(params.tracking.experiment)
+    name = params.promote.model_name
+    existing = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
+    if not existing:
+        raise InputError(f"{name}: no model is registered under this name (promote.model_name)")
+    champion = alias_version(client, name, CHAMPION)
+    earlier = [version for version in reign(history(client, name), champion) if version in existing]
+    if champion and earlier[-1:] == [champion]:
+        earlier.pop()
+    if steps > len(earlier):
+        raise InputError(
+            f"{name}: cannot go {steps} back from version {champion or 'none'}: champions before it are "
+            f"{', '.join(earlier) or 'none'}; `glmflow promote` makes any version the champion"
+        )
+    number = earlier[-steps]
+    smoke_test(f"models:/{name}/{number}")
+    move_champion(client, name, number, "rollback", reason)
+    return number, champion
+
+
+def check_reason(reason: str, what: str) -> None:
+    """Raise an InputError for an empty reason."""
+    if not reason.strip():
+        raise InputError(f"reason: say in a few words why the version is {what}; it is kept with the version")
+
+
+def move_champion(
+    client: "MlflowClient", name: str, version: str, action: str, reason: str, by: str | None = None
+) -> Move:
+    """Move the alias and record the move, both or neither."""
+    with store_lock(store_uri()):  # two who promote at once take turns
+        before = alias_version(client, name, CHAMPION)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        move = Move(action, version, before, reason, by or getpass.getuser(), now)
+        with moved_alias(client, name, CHAMPION, version):
+            key = f"{EVENT}{len(history(client, name)) + 1:04d}"
+            words = {"reason": reason, "at": now, "by": move.by, "champion_before": before or ""}
+            kind = "promoted" if action == "promote" else "rolled_back_to"
+            for word, value in words.items():
+                client.set_model_version_tag(name, version, f"{kind}.{word}", value)
+            client.set_registered_model_tag(name, key, json.dumps(asdict(move), ensure_ascii=False))
+    return move
+
+
+def history(client: "MlflowClient", name: str) -> list[Move]:
+    """Every move of the alias, oldest first."""
+    tags = client.get_registered_model(name).tags
+    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(EVENT)]
+
+
+def moves(params: Params) -> list[Move]:
+    """The moves of the model that params.yaml names.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    client, _ = open_store(params.tracking.experiment)
+    name = params.promote.model_name
+    if not client.search_registered_models(f"name = '{name}'"):
+        raise InputError(f"{name}: no model is registered under this name (promote.model_name)")
+    return history(client, name)
+
+
+def reign(past: Sequence[Move], champion: str | None) -> list[str]:
+    """The versions to which one can go back, oldest first, the present champion last.
+
+    A rollback forgets those after the version that it went back to. An alias that was moved by other means counts as
+    promoted.
+    """
+    line: list[str] = []
+    for move in past:
+        if move.before and line[-1:] != [move.before]:
+            line.append(move.before)
+        if move.action == "rollback" and move.version in line:
+            del line[len(line) - line[::-1].index(move.version) :]
+        elif line[-1:] != [move.version]:
+            line.append(move.version)
+    if champion and line[-1:] != [champion]:
+        line.append(champion)
+    return line

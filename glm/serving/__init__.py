@@ -1,0 +1,1 @@
+"""Answers for many at once: requests join and leave a batch between two tokens."""

@@ -1,0 +1,309 @@
+"""The generation engine: one thread that answers many requests together.
+
+    with Engine(model, tokenizer) as engine:
+        request = Request(prompt_ids, SamplingParams(max_new_tokens=64), AnswerReader(tokenizer), deliver=print)
+        engine.submit(request)
+
+Glm models that `decode_step` knows get `Slots`: a request joins at the next token and leaves with its last one. All
+others (ChatGLM-6B, prefixes, quantised weights, other families) are answered in batches by transformers' `generate`:
+who comes later waits until the batch has ended. A request's answer is the same either way: its tokens depend on its own
+logits, parameters and seed. (A row's logits may differ in their last bits with the size of the batch, as matrix
+products do.)
+"""
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from glm.data.collate import pad_ids
+from glm.data.encode import end_id
+from glm.errors import InputError
+from glm.generation import decode_step
+from glm.serving.answer import AnswerReader
+from glm.serving.sampling import Chosen, SamplingParams, choose
+from glm.serving.slots import Slots
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+DEFAULT_LENGTH = 2048
+ROLE_ENDS = ("<|user|>", "<|observation|>")  # with which ChatGLM3 and GLM-4 end an answer, beside the end token
+
+log = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as are allowed to."""
+
+
+class Event(NamedTuple):
+    """What is new of an answer."""
+
+    text: str
+    chosen: list[Chosen]
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way to an answer.
+
+    `deliver` is called in the engine's thread, for each token if `stream`, else once at the end; it must be quick.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    reader: AnswerReader
+    deliver: Callable[[Event], None]
+    stream: bool = True
+    cancelled: bool = False  # set by whoever no longer wants the answer
+    last_token: int = 0
+    completion_tokens: int = 0  # the end token counts
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    finished: float | None = None
+    _pending: list[Chosen] = field(default_factory=list)
+    _text: str = ""
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.params.seed)
+
+    def cancel(self) -> None:
+        """Want no more of it: its slot is free at the next token. Safe in every thread."""
+        self.cancelled = True
+
+
+class Engine:
+    """Answers requests with one model.
+
+    Args:
+        max_batch: requests answered at once.
+        max_length: tokens of prompt and answer together; None: 2048, or what the model was made for if that is less.
+        max_waiting: requests that may wait for a place.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch: int = 32,
+        max_length: int | None = None,
+        max_waiting: int = 256,
+    ) -> None:
+        longest = getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH)  # not every family has a bound
+        max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length
+        if max_length > longest:
+            raise InputError(f"max_length: {max_length} tokens, but the model was made for {longest}")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch, self.max_length, self.max_waiting = max_batch, max_length, max_waiting
+        self.ends = end_ids(model, tokenizer)
+        self.slots = Slots(model, rows=max_batch, columns=max_length) if decode_step.supports(model) else None
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.slots:
+            self.slots.warm_up()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def check(self, prompt: list[int]) -> None:
+        """Raise InputError for a prompt that leaves no room for an answer."""
+        if not 0 < len(prompt) < self.max_length:
+            raise InputError(f"the prompt has {len(prompt)} tokens; this server takes 1 to {self.max_length - 1}")
+
+    def submit(self, *requests: Request) -> None:
+        """Let requests wait for their places, all or none of them.
+
+        Raises:
+            InputError: a prompt that leaves no room for an answer.
+            QueueFullError: there are too many already.
+        """
+        for request in requests:
+            self.check(request.prompt)
+        with self._wake:
+            if self._stopping:
+                raise QueueFullError("the engine is shutting down")
+            free = self.max_batch - len(self.running)
+            if len(self.waiting) + len(requests) > max(free, 0) + self.max_waiting:
+                raise QueueFullError(f"{len(self.running)} requests are answered and {len(self.waiting)} wait already")
+            self.waiting.extend(requests)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self.waiting or self.running or self._stopping)
+                if self._stopping:
+                    break
+            try:
+                if self.slots:
+                    self._turn(self.slots)
+                else:
+                    self._batch()
+            except Exception as error:  # out of memory, say: those requests fail, the engine goes on
+                log.exception("a batch failed")
+                self._fail(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        self._fail("the server is shutting down")
+
+    @torch.no_grad()
+    def _turn(self, slots: Slots) -> None:
+        """One more token for everyone, and the first one for those who come in."""
+        if self.running:
+            logits = slots.step([request.last_token for request in self.running])
+            self._advance(self.running, logits)
+            slots.drop(self._leave())
+        if arrived := self._admitted():
+            self.running += arrived
+            self._advance(arrived, slots.admit([request.prompt for request in arrived]))
+            slots.drop(self._leave())
+
+    @torch.no_grad()
+    def _batch(self) -> None:
+        """Answer those who wait, as many as there is room for, to the last one's end."""
+        self.running = self._admitted()
+        if not self.running:
+            return
+        batch = pad_ids([request.prompt for request in self.running], self.tokenizer.pad_token_id, "left")
+        hooks = _Hooks(self, list(self.running))
+        self.model.generate(
+            **{name: value.to(self.model.device) for name, value in batch.items()},
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(self._room(request) for request in self.running),
+            eos_token_id=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([hooks]),
+            stopping_criteria=StoppingCriteriaList([_Ended(hooks.requests)]),
+        )
+        self._leave()
+
+    def _admitted(self) -> list[Request]:
+        """Take from the queue, in its order, those for whom there is a place."""
+        arrived: list[Request] = []
+        with self._wake:
+            while self.waiting and len(self.running) + len(arrived) < self.max_batch:
+                request = self.waiting.popleft()
+                if request.cancelled:
+                    self._end(request, "cancelled")
+                else:
+                    arrived.append(request)
+        return arrived
+
+    def _advance(self, requests: list[Request], logits: Tensor) -> None:
+        """Choose each request's next token and hand out what it adds."""
+        draws = [request.random.random() for request in requests]
+        for request, chosen in zip(requests, choose(logits, [r.params for r in requests], draws), strict=True):
+            if request.finished is None:
+                self._take(request, chosen)
+
+    def _take(self, request: Request, chosen: Chosen) -> None:
+        request.last_token = chosen.token
+        request.completion_tokens += 1
+        request.first_token = request.first_token or time.monotonic()
+        if chosen.token in self.ends:
+            self._end(request, "stop")
+            return
+        request._pending.append(chosen)
+        request._text += request.reader.add(chosen.token)
+        if request.cancelled:
+            self._end(request, "cancelled")
+        elif request.reader.stopped:
+            self._end(request, "stop")
+        elif request.completion_tokens >= self._room(request):
+            self._end(request, "length")
+        elif request.stream and request._text:
+            self._deliver(request)
+
+    def _room(self, request: Request) -> int:
+        return min(request.params.max_new_tokens, self.max_length - len(request.prompt))
+
+    def _end(self, request: Request, reason: FinishReason, error: str = "") -> None:
+        request.finished = time.monotonic()
+        if reason != "error":
+            request._text += request.reader.finish()
+        self._deliver(request, reason, error)
+
+    def _deliver(self, request: Request, reason: FinishReason | None = None, error: str = "") -> None:
+        event = Event(request._text, request._pending, reason, error)
+        request._text, request._pending = "", []
+        try:
+            request.deliver(event)
+        except Exception:  # whoever asked is gone
+            request.cancel()
+
+    def _leave(self) -> list[int]:
+        """Let those go who have ended; returns their places."""
+        places = [place for place, request in enumerate(self.running) if request.finished is not None]
+        for place in reversed(places):  # as Slots.drop does it
+            self.running[place] = self.running[-1]
+            self.running.pop()
+        return places
+
+    def _fail(self, reason: str) -> None:
+        with self._wake:
+            failed = self.running + (list(self.waiting) if self._stopping else [])
+            self.running = []
+            if self._stopping:
+                self.waiting.clear()
+        if self.slots:
+            self.slots.clear()
+        for request in failed:
+            if request.finished is None:
+                self._end(request, "error", reason)
+
+
+class _Hooks(LogitsProcessor):
+    """Lets the engine choose `generate`'s tokens."""
+
+    def __init__(self, engine: Engine, requests: list[Request]) -> None:
+        self.engine, self.requests = engine, requests
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.engine._advance(self.requests, scores)
+        tokens = torch.tensor([request.last_token for request in self.requests], device=scores.device)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """Tells `generate` whose answers have ended."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.tensor([request.finished is not None for request in self.requests], device=input_ids.device)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, those of the generation config, ChatGLM3's and GLM-4's roles."""
+    said = model.generation_config.eos_token_id if model.generation_config else None
+    listed = [said] if isinstance(said, int) else said or []
+    vocabulary = tokenizer.get_added_vocab()
+    roles = [vocabulary[role] for role in ROLE_ENDS if role in vocabulary]
+    return frozenset([end_id(tokenizer), *listed, *roles])

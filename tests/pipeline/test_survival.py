@@ -1,0 +1,165 @@
+"""What may break under a run: processes, servers, the disk, the cache. Nothing is lost, and a plain re-run finishes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import guard
+from flows.server import free_port, wait_until_up
+from tasks import STEPS
+from tests.pipeline.conftest import Project, last_run
+from tests.pipeline.test_deploy import api, deploy, deployed, wait_until  # noqa: F401
+
+TRIALS = int(os.environ.get("GLMFLOW_KILL_TRIALS", "3"))  # `make test-slow` sets 20
+
+
+def assert_whole(project: Project) -> None:
+    """After a re-run: outputs are what dvc.lock says, nothing half-written lies about, nothing runs."""
+    assert "up to date" in project.dvc("repro")
+    assert project.dvc("status").strip() == "Data and pipelines are up to date."
+    for folder in ("prepared", "models", "metrics", "plots", "reports", "runs"):
+        assert [path for path in (project.root / folder).rglob("*") if path.name.startswith(".")] == [
+            path for path in (project.root / folder).rglob(".gitignore")
+        ]
+    project.assert_nothing_runs()
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(project: Project) -> None:
+    seed = int(os.environ.get("GLMFLOW_KILL_SEED", random.randrange(10**6)))
+    print(f"GLMFLOW_KILL_SEED={seed}")
+    chance = random.Random(seed)
+    project.env |= {f"SLEEP_{step}": "0.5" for step in STEPS}
+    for trial in range(TRIALS):
+        path = project.root / "params.yaml"
+        path.write_text(path.read_text().replace(f"seed: {42 + trial}\n", f"seed: {43 + trial}\n", 1))
+        flow = project.start_flow()
+        time.sleep(2 + 14 * chance.random())
+        victims = project.processes()
+        if victims:
+            victim = chance.choice(victims)
+            print(f"trial {trial}: {' '.join(victim.cmdline())[-80:]}")
+            victim.send_signal(signal.SIGKILL)
+        _, errors = flow.communicate(timeout=300)
+        assert flow.returncode in (0, 1, -signal.SIGKILL), errors
+        project.assert_nothing_runs(30)
+        project.flow()
+        assert_whole(project)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A Prefect server to be killed: its API and its process."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    home = tmp_path / "server"
+    home.mkdir()
+    env = os.environ | {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        (home / "log").open("w") as log,
+        guard.running([*command, "--no-ui"], cwd=home, env=env, stdout=log) as process,
+    ):
+        wait_until_up(url, process, home / "log")
+        yield url, process
+        process.terminate()
+
+
+@pytest.mark.slow
+def test_the_prefect_server_dies_in_the_middle(project: Project, server: tuple[str, subprocess.Popen[str]]) -> None:
+    project.env["PREFECT_API_URL"], process = server
+    flow = project.start_flow(SLEEP_sft="2")
+    project.wait_for("sft", seconds=180)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    output, errors = flow.communicate(timeout=300)
+    assert flow.returncode == 0, errors
+    assert "Before and after" in output
+    assert "going on without it" in errors
+    assert project.executed() == list(STEPS)  # each once
+    assert_whole(project)
+
+
+def test_no_prefect_server_at_the_start(project: Project) -> None:
+    project.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    done = project.flow()
+    assert "does not answer" in done.stderr
+    assert project.executed() == list(STEPS)
+
+
+@pytest.mark.slow
+def test_worker_and_run_killed_together_leave_the_slot(deployed: Project) -> None:  # noqa: F811
+    url = api(deployed)
+    run = ["prefect", "deployment", "run", "rlhf-pipeline/default"]
+    deployed.command(*run)
+    deployed.wait_for("sft", seconds=90)
+    for process in deployed.processes():
+        if "server" not in process.cmdline():
+            process.kill()
+    wait_until(lambda: not any("dvc" in process.cmdline() for process in deployed.processes()), 30)
+    dead = last_run(url)
+    assert dead["state"]["type"] == "RUNNING"  # nobody could say otherwise
+    deployed.executed()
+    del deployed.env["SLEEP_sft"]
+    started = time.monotonic()
+    deploy(deployed, "start")
+    deployed.command(*run, "--watch")
+    assert time.monotonic() - started < 150
+    assert deployed.executed() == list(STEPS[3:])
+    assert last_run(url)["state"]["type"] == "COMPLETED"
+    found = deployed.command("prefect", "flow-run", "ls", "--state-type", "CRASHED").stdout
+    assert dead["name"][:8] in found
+
+
+def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRequest) -> None:
+    disk = tmp_path / "project"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    request.addfinalizer(lambda: subprocess.run(["umount", "--lazy", str(disk)], check=True))
+    project: Project = request.getfixturevalue("project")
+    flow = project.start_flow(SLEEP_sft="3")
+    project.wait_for("sft", seconds=180)
+    filler = project.root / "mlruns" / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    _, errors = flow.communicate(timeout=300)
+    assert flow.returncode == 1, errors
+    assert "No space left" in errors or "disk" in errors
+    project.assert_nothing_runs()
+    filler.unlink()
+    project.flow()
+    assert_whole(project)
+
+
+@pytest.mark.slow
+def test_a_corrupted_cache_entry(project: Project) -> None:
+    project.flow()
+    project.executed()
+    hash_file = project.dvc("get", ".", "models/sft", "--show-url").strip()
+    assert hash_file.endswith(".dir")
+    made = project.root / "models" / "sft" / "made_with.json"
+    content = made.read_bytes()
+    entry = next(
+        path
+        for path in (project.root / ".dvc/cache/files").rglob("*")
+        if path.is_file() and path.read_bytes() == content
+    )
+    entry.chmod(0o644)
+    entry.write_bytes(content[:10])
+    entry.chmod(0o444)
+    shutil.rmtree(made.parent)
+    project.flow()
+    assert made.read_bytes() == content
+    assert_whole(project)
