@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Resolved:
     base: str  # a folder or hub id
     revision: str | None = None
     adapters: tuple[str, ...] = ()  # on it, in this order
+    quantization: str = "none"  # of the base, as the adapters were trained on it
     data: Data = field(default_factory=Data)  # system prompt and longest prompt, as in training where that is known
     version: str = ""  # what exactly it is: a registered version, a logged model, or a hub revision
 
@@ -49,13 +50,21 @@ class Resolved:
         # The tokenizer first: it loads at once, and a model without one is of no use.
         tokenizer = load_tokenizer(self.base, revision=self.revision)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about what peft calls in transformers
-            model = load_model(self.base, adapters=self.adapters, dtype=dtype, device=device, revision=self.revision)
+            model = load_model(
+                self.base,
+                adapters=self.adapters,
+                dtype=dtype,
+                device=device,
+                quantization=self.quantization,
+                revision=self.revision,
+            )
         return model, tokenizer
 
     def describe(self) -> str:
         """One line for people."""
         on = f" (revision {self.revision})" if self.revision else ""
-        parts = [f"{self.base}{on}", *self.adapters]
+        bits = "" if self.quantization == "none" else f" in {self.quantization}"
+        parts = [f"{self.base}{on}{bits}", *self.adapters]
         said = " + ".join(parts)
         return said if self.name == said else f"{self.name}: {said}"
 
@@ -77,18 +86,12 @@ def resolve(name: str, adapters: Sequence[str] = ()) -> Resolved:
     for adapter in adapters:
         if not Path(adapter).exists():
             raise InputError(f"adapter: {adapter}: no such folder")
-    return Resolved(
-        name=" + ".join([name, *adapters]),
-        base=found.base,
-        revision=found.revision,
-        adapters=(*found.adapters, *adapters),
-        data=found.data,
-        version=found.version,
-    )
+    return replace(found, name=" + ".join([name, *adapters]), adapters=(*found.adapters, *adapters))
 
 
 def _local_or_hub(name: str) -> Resolved:
     from glm.models.checkpoint import follow_pointer
+    from glm.models.lineage import FILE_NAME, read_lineage
 
     folder = Path(name)
     if not folder.is_dir():
@@ -100,13 +103,20 @@ def _local_or_hub(name: str) -> Resolved:
         return Resolved(name, hub_id, commit or None, version=commit)
     if (folder / "MLmodel").exists():
         return _pyfunc(name, folder, "")
-    if (folder / "adapter_config.json").exists():
+    if (folder / FILE_NAME).exists():
+        _, below = read_lineage(folder)
+        if below is None:  # method full: a whole model
+            return Resolved(name, name)
+        return Resolved(name, below.base, below.revision, (*below.adapters, name), below.quantization)
+    if (folder / "adapter_config.json").exists():  # of PEFT, from elsewhere
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
         if not base:
             raise InputError(f"model: {folder}/adapter_config.json names no base; give the base and --adapter {name}")
-        below = resolve(base)
-        return Resolved(name, below.base, below.revision or config.get("revision"), (*below.adapters, name))
+        found = resolve(base)
+        return replace(
+            found, name=name, revision=found.revision or config.get("revision"), adapters=(*found.adapters, name)
+        )
     base, revision = follow_pointer(folder)
     if base == str(folder) and not (folder / "config.json").exists():
         raise InputError(f"model: {name}: holds neither a model (config.json) nor an adapter (adapter_config.json)")
@@ -158,8 +168,8 @@ def _pyfunc(name: str, folder: Path, version: str) -> Resolved:
     if "base" not in artifacts or "generation" not in config:
         raise InputError(f"model: {name}: not a chat model that this project logged")
     base, revision = follow_pointer(artifacts["base"])
-    adapters = (artifacts["adapter"],) if "adapter" in artifacts else ()
-    return Resolved(name, base, revision, adapters, Data(**config["data"]), version)
+    adapters = tuple(folder for key, folder in sorted(artifacts.items()) if key != "base")
+    return Resolved(name, base, revision, adapters, config["quantization"], Data(**config["data"]), version)
 
 
 def _client() -> Any:

@@ -6,16 +6,16 @@ Importing this package registers ChatGLM-6B and its authors' quantised format wi
 import logging
 from typing import TYPE_CHECKING, Any
 
-from glm.models import chatglm1, lineage, quantization  # noqa: F401 (registers with transformers)
-from glm.models.loading import load_model
+# peft imports bitsandbytes, which warns everyone on a CPU that a faster kernel could be downloaded from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from glm.models import chatglm1, lineage, quantization  # noqa: E402, F401 (registers with transformers)
+from glm.models.loading import load_model  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["load_model", "load_tokenizer"]
-
-# peft imports bitsandbytes, which warns everyone on a CPU that a faster kernel could be downloaded from the hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, **options: Any) -> "PreTrainedTokenizerBase":
