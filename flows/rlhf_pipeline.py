@@ -37,6 +37,7 @@ from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
 from glm.errors import InputError
+from tasks import programs
 from tasks.inputs import check_inputs
 
 HOUR = 3600.0
@@ -57,7 +58,7 @@ STAGES = {
     "base": Plan(12 * HOUR, retries=2),
     "sft": Plan(168 * HOUR),
     "reward": Plan(168 * HOUR),
-    "ppo": Plan(168 * HOUR),
+    "policy": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
     "export": Plan(6 * HOUR),
 }
@@ -88,7 +89,7 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
 
 @flow(name="rlhf-pipeline")
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """fetch, preprocess, base, SFT, reward model, PPO, evaluate, export; then register the result as challenger.
+    """fetch, preprocess, base, SFT, reward model, policy, evaluate, export; then register the result as challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with
@@ -114,17 +115,18 @@ def check(overrides: dict[str, Any]) -> None:
         check_inputs(load_params("params.yaml", overrides))
 
 
-def run_stages(root: Path, name: str) -> dict[str, Any]:
+def run_stages(root: Path, run_name: str) -> dict[str, Any]:
     """Run every stage in `root`, register the result, and report."""
-    board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
-    with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        for step, plan in STAGES.items():
-            run = stage.with_options(name=step, task_run_name=step, retries=plan.retries)
-            with board.running(step) as line:
+    names = programs(load_params(root / "params.yaml").algorithm)  # the stage `policy` goes by its algorithm
+    board = Board([*names, "register"], root, names[: len(unchanged(list(STAGES), root))])
+    with board.shown(), mlflow_parent(root, run_name) as (parent_run, done):
+        for (step, plan), name in zip(STAGES.items(), names, strict=True):
+            run = stage.with_options(name=name, task_run_name=name, retries=plan.retries)
+            with board.running(name) as line:
                 state = run(step, str(root), plan.time_limit, parent_run or "", return_state=True)
                 state.result()  # raises what the stage raised
                 line.state = "cached" if state.name == "Cached" else "ran"
-            done.append(step)
+            done.append(name)
         with board.running("register") as line:
             registered = register_result(str(root))
             line.state = "ran"

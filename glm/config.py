@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from glm.errors import InputError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, or a name alone
+Algorithm = Literal["ppo"]  # what improves the SFT model; each is a program, tasks/<algorithm>.py
 EMBEDDED = "embedded"  # the value of model.path that stands for the tiny model made by the base step
 
 
@@ -261,7 +262,7 @@ class Ppo(Section):
 
 
 class Evaluate(Section):
-    """Held-out comparison of base, SFT and PPO on the test split."""
+    """Held-out comparison of base, SFT and policy on the test split."""
 
     max_samples: int = Field(200, ge=4, description="test rows that are answered and scored")
     batch_size: int = Field(32, ge=1)
@@ -293,6 +294,7 @@ class Params(Section):
     """All of params.yaml."""
 
     seed: int = Field(42, ge=0, le=2**32 - 1)
+    algorithm: Algorithm = Field("ppo", description="what the policy step improves the SFT model by")
     model: Model = Model()
     data: Data = Data()
     sft: Sft = Sft()

@@ -3,4 +3,12 @@
 A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and writes. No algorithm lives here.
 """
 
-STEPS = ("fetch", "preprocess", "base", "sft", "reward", "ppo", "evaluate", "export")  # in the order they run
+STEPS = ("fetch", "preprocess", "base", "sft", "reward", "policy", "evaluate", "export")  # in the order they run
+
+
+def programs(algorithm: str) -> tuple[str, ...]:
+    """The program of each step, tasks/<program>.py, after which what it writes is named too (metrics/ppo.json).
+
+    It has the step's name, but for the step `policy`, whose program is the `algorithm` of params.yaml.
+    """
+    return tuple(algorithm if step == "policy" else step for step in STEPS)

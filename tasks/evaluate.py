@@ -1,4 +1,4 @@
-"""Compare base, SFT and PPO on the test split.
+"""Compare base, SFT and the policy, named after its algorithm, on the test split.
 
 Loss on the reference answers, BLEU and ROUGE of greedy answers, reward and KL of sampled ones. Writes reports/evaluate:
 predictions.jsonl (every greedy answer with its row id and reference) and samples.json (three prompts, answered side by
@@ -14,7 +14,6 @@ from tasks.base_model import load_base
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS, tokenized
 
-ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
 SAMPLES = 3
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.95, "top_p": 0.7}
 
@@ -29,8 +28,11 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.training.actors import Actors
 
     params, options = stage.params, stage.params.evaluate
+    adapters = {"base": "base", "sft": "reference", params.algorithm: "policy"}  # who is compared, and its adapter
     base, tokenizer = load_base(params)
-    actors = Actors(base, policy=Path("models/ppo"), reference=Path("models/sft"), reward=Path("models/reward"))
+    actors = Actors(
+        base, policy=Path("models", params.algorithm), reference=Path("models/sft"), reward=Path("models/reward")
+    )
     rows = read_split(ROWS, "sft", "test")
     examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
@@ -45,11 +47,11 @@ def run(stage: Stage) -> dict[str, float]:
     shown = range(0, len(asked), max(1, len(asked) // SAMPLES))[:SAMPLES]
     samples = [{"prompt": question_of(asked[at])} for at in shown]
     texts: dict[str, list[str]] = {}
-    for number, (who, adapter) in enumerate(ADAPTERS.items()):
-        stage.progress(3 * number, 3 * len(ADAPTERS), f"{who}: loss")
+    for number, (who, adapter) in enumerate(adapters.items()):
+        stage.progress(3 * number, 3 * len(adapters), f"{who}: loss")
         actors.use(adapter)
         metrics[f"{who}.loss"] = sft.mean_loss(actors.model, tokenizer, examples, options.batch_size)
-        stage.progress(3 * number + 1, 3 * len(ADAPTERS), f"{who}: greedy answers")
+        stage.progress(3 * number + 1, 3 * len(adapters), f"{who}: greedy answers")
         limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
         texts[who] = [decode(tokenizer, answer) for answer in generate(actors.model, tokenizer, prompts, **limits)]
         torch.manual_seed(params.seed)
@@ -57,13 +59,13 @@ def run(stage: Stage) -> dict[str, float]:
         for sample, answer in zip(samples, drawn, strict=True):
             sample[who] = decode(tokenizer, answer)
         found = corpus_scores(texts[who], labels)
-        stage.progress(3 * number + 2, 3 * len(ADAPTERS), f"{who}: reward and KL")
+        stage.progress(3 * number + 2, 3 * len(adapters), f"{who}: reward and KL")
         found |= policy_eval.evaluate(actors, tokenizer, policy_prompts, options, seed=params.seed, adapter=adapter)
         metrics |= {f"{who}.{name}": value for name, value in found.items()}
-    stage.progress(3 * len(ADAPTERS), 3 * len(ADAPTERS))
+    stage.progress(3 * len(adapters), 3 * len(adapters))
 
     predictions = [
-        {"id": row["id"], "prompt": question_of(row), "label": label, **{who: texts[who][at] for who in ADAPTERS}}
+        {"id": row["id"], "prompt": question_of(row), "label": label, **{who: texts[who][at] for who in adapters}}
         for at, (row, label) in enumerate(zip(asked, labels, strict=True))
     ]
     with replace_folder("reports/evaluate") as folder:

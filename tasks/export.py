@@ -19,16 +19,16 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.models.adapters import load_lora
     from glm.models.saving import probe_outputs, save_merged
 
-    options = stage.params.export
+    options, policy = stage.params.export, Path("models", stage.params.algorithm)
     path, revision = base_source()
     tokenizer = load_base_tokenizer()
-    adapted = load_lora(load_model(path, dtype=options.dtype, revision=revision), Path("models/ppo"))
+    adapted = load_lora(load_model(path, dtype=options.dtype, revision=revision), policy)
     wanted = probe_outputs(adapted).float()
     merged = save_merged(adapted, tokenizer, "models/export", max_shard_size=options.max_shard_size)
     exported: PreTrainedModel = AutoModelForCausalLM.from_pretrained("models/export", dtype=options.dtype)
     difference = (probe_outputs(exported).float() - wanted).abs().max().item()
     if not difference <= TOLERANCE[options.dtype] * wanted.abs().max().item():  # also false for NaN
-        raise RuntimeError(f"models/export: its logits differ from base + models/ppo by {difference:.2e}")
+        raise RuntimeError(f"models/export: its logits differ from base + {policy} by {difference:.2e}")
     stage.log_model("models/export")
     return {
         "max_logit_difference": difference,

@@ -28,16 +28,17 @@ class StageEntry:
     plots: list[str]
 
 
-def stage_entry(step: str, path: str | Path = "dvc.yaml") -> StageEntry:
-    """Read one stage of dvc.yaml.
+def stage_entry(step: str, algorithm: str, path: str | Path = "dvc.yaml") -> StageEntry:
+    """Read one stage of dvc.yaml, as it is with this `algorithm` in params.yaml.
 
     Raises:
         InputError: there is no such file, or no such stage in it.
     """
     try:
-        stages = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))["stages"]
+        text = Path(path).read_text(encoding="utf-8").replace("${algorithm}", algorithm)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; start a step in the project's root") from None
+    stages = YAML(typ="safe", pure=True).load(text)["stages"]
     if step not in stages:
         raise InputError(f"{path}: no stage {step!r}; it has {', '.join(stages)}")
     return StageEntry(

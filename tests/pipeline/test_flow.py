@@ -11,16 +11,17 @@ import pytest
 
 from flows.dvc_stage import run_cache_key
 from glm.config import load_params
-from tasks import STEPS
+from tasks import STEPS, programs
 from tests.pipeline.conftest import Project, last_run, query
 
-CACHED = dict.fromkeys(STEPS, "Cached")
-EXECUTED = dict.fromkeys(STEPS, "Completed")
+PROGRAMS = programs("ppo")
+CACHED = dict.fromkeys(PROGRAMS, "Cached")
+EXECUTED = dict.fromkeys(PROGRAMS, "Completed")
 
 
 def test_flow_after_repro_executes_nothing(project: Project, prefect_api: str) -> None:
     project.dvc("repro")
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     lock = (project.root / "dvc.lock").read_bytes()
 
     output = project.flow().stdout
@@ -71,7 +72,7 @@ def test_flow_after_repro_executes_nothing(project: Project, prefect_api: str) -
 
 def test_repro_after_flow_executes_nothing(project: Project, prefect_api: str) -> None:
     project.flow()
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     assert last_run(prefect_api)["tasks"] == EXECUTED | {"register": "Completed"}
     run = {"flow_runs": {"id": {"any_": [last_run(prefect_api)["id"]]}}}
     artifacts = {artifact["key"]: artifact["data"] for artifact in query(prefect_api, "artifacts/filter", run)}
@@ -116,7 +117,7 @@ def test_network_stages_are_tried_again_unless_the_input_is_refused(project: Pro
 def test_without_a_server_the_flow_brings_its_own(project: Project) -> None:
     del project.env["PREFECT_API_URL"]
     done = project.flow()
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     assert "Before and after" in done.stdout
     assert done.stderr == ""  # quiet
     project.assert_nothing_runs()
@@ -183,7 +184,7 @@ def test_two_flows_at_once_execute_each_stage_once(project: Project) -> None:
     for flow in flows:
         _, errors = flow.communicate(timeout=180)
         assert flow.returncode == 0, errors
-    assert sorted(project.executed()) == sorted(STEPS)
+    assert sorted(project.executed()) == sorted(PROGRAMS)
 
 
 def mlflow_status(root: Path) -> str:
