@@ -58,6 +58,7 @@ STAGES = {
     "base": Plan(12 * HOUR, retries=2),
     "sft": Plan(168 * HOUR),
     "reward": Plan(168 * HOUR),
+    "judge": Plan(168 * HOUR),
     "policy": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
     "export": Plan(6 * HOUR),
@@ -89,7 +90,7 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
 
 @flow(name="rlhf-pipeline")
 def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """fetch, preprocess, base, SFT, reward model, policy, evaluate, export; then register the result as challenger.
+    """fetch, preprocess, base, SFT, reward model, judge, policy, evaluate, export; then register the challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with

@@ -3,7 +3,8 @@
 A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and writes. No algorithm lives here.
 """
 
-STEPS = ("fetch", "preprocess", "base", "sft", "reward", "policy", "evaluate", "export")  # in the order they run
+# in the order they run
+STEPS = ("fetch", "preprocess", "base", "sft", "reward", "judge", "policy", "evaluate", "export")
 
 
 def programs(algorithm: str) -> tuple[str, ...]:

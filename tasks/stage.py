@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -322,10 +323,19 @@ def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),
+        "peak_memory_gb": round(_peak_memory() / 1e9, 3),
         "speed": {name: sum(values) / len(values) for name, values in stage.speeds.items()},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": tags["machine.host"],
     }
+
+
+def _peak_memory() -> int:
+    """Most bytes held at a time: allocated on the GPU where there is one, else of this process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _number(value: Any) -> float:

@@ -5,11 +5,13 @@
     reference   adapter "reference", the SFT adapter, frozen: the KL penalty is taken to it
     reward      adapter "reward" and its head, frozen
 
-"base" stands for no adapter at all.
+"base" stands for no adapter at all. The reward may come from outside instead (`glm.training.external_reward`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Evaluate, Ppo
 from glm.data.collate import pad, pad_ids
 from glm.generation import decode_step
 from glm.generation.decode import generate
@@ -25,8 +26,20 @@ from glm.generation.rollout import Decoder, Samples
 from glm.models.adapters import last_hidden, load_more_lora, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
 
+PEFT_NAMES = {"policy": "default", "reference": "ref", "reward": "reward", "judge": "judge"}  # TRL's
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
+
+
+class Sampling(Protocol):
+    """The parameters by which answers are drawn: a section of params.yaml."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
 
 
 @dataclass
@@ -48,6 +61,13 @@ class Batch:
             self.where[chosen],
             self.mask[chosen],
         )
+
+    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts and the answers as lists of token ids."""
+        starts, lengths = (self.where[:, 0] + 1).tolist(), self.mask.sum(-1).long().tolist()
+        prompts = [ids[:start] for ids, start in zip(self.input_ids.tolist(), starts, strict=True)]
+        answers = [ids[:length] for ids, length in zip(self.answers.tolist(), lengths, strict=True)]
+        return prompts, answers
 
     def parts(self) -> list["Batch"]:
         """The sequences in forward passes of at most FORWARD_TOKENS."""
@@ -71,19 +91,32 @@ def pack(prompts: list[list[int]], answers: list[list[int]], pad_id: int, device
 class Actors(nn.Module):
     """The base with the adapters policy, reference and reward, and the heads for value and reward."""
 
-    def __init__(self, base: PreTrainedModel, *, policy: Path, reference: Path, reward: Path) -> None:
-        """Load three saved adapters onto `base`; `policy` and `reference` are the same folder when training starts."""
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        policy: Path,
+        reference: Path,
+        reward: Path,
+        scorer: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        """Load three saved adapters onto `base`; `policy` and `reference` are the same folder when training starts.
+
+        A `scorer` gives rewards [n] in place of the adapter `reward`.
+        """
         super().__init__()
-        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
-        load_more_lora(self.model, reference, "reference")
-        load_more_lora(self.model, reward, "reward")
+        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name=PEFT_NAMES["policy"], is_trainable=True)
+        load_more_lora(self.model, reference, PEFT_NAMES["reference"])
+        load_more_lora(self.model, reward, PEFT_NAMES["reward"])
         self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
+        self.judge_head: nn.Linear | None = None
+        self.scorer = scorer
         self.value_head = nn.Linear(base.config.hidden_size, 1, bias=False).to(base.device)
         nn.init.zeros_(self.value_head.weight)
         self.active = ""
         self.use("policy")
         # By name and not by requires_grad: every switch of adapters changes the latter.
-        self.policy = {name: p for name, p in self.model.named_parameters() if ".policy." in name}
+        self.policy = {name: p for name, p in self.model.named_parameters() if self.is_policy(name)}
         self.trained = [*self.policy.values(), self.value_head.weight]
         self.eval()  # no dropout anywhere, so that the ratio of a fresh rollout is 1
         self.decoder = Decoder(self.model) if decode_step.supports(base) else None
@@ -91,6 +124,11 @@ class Actors(nn.Module):
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
             for layer in base.base_model.layers:
                 layer.compile()  # fuses norms, rotation and activation; one compilation serves all layers
+
+    def add_judge(self, folder: Path) -> None:
+        """Load a second reward model, for `judge_score`."""
+        load_more_lora(self.model, folder, PEFT_NAMES["judge"])
+        self.judge_head = load_score(folder).requires_grad_(False).to(self.model.device)
 
     def use(self, adapter: str) -> None:
         """Make one adapter the active one, or none ("base"); only the policy's parameters ever require a gradient."""
@@ -101,15 +139,20 @@ class Actors(nn.Module):
             self.model.base_model.disable_adapter_layers()
         else:
             self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
+            self.model.set_adapter(PEFT_NAMES[adapter])
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(".policy." in name and adapter == "policy")
+            parameter.requires_grad_(self.is_policy(name) and adapter == "policy")
+
+    @staticmethod
+    def is_policy(name: str) -> bool:
+        """Whether a parameter of this name is one of the policy adapter's."""
+        return f".{PEFT_NAMES['policy']}." in name
 
     def sample(
         self,
         prompts: list[list[int]],
         tokenizer: PreTrainedTokenizerBase,
-        params: Ppo | Evaluate,
+        params: Sampling,
         adapter: str = "policy",
     ) -> Samples:
         """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
@@ -142,13 +185,24 @@ class Actors(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """Reward of each prompt + answer [n], read at its last token."""
-        self.use("reward")
+        """Reward of each prompt + answer [n], read at its last token, or as the `scorer` says."""
+        if self.scorer is not None:
+            return self.scorer(batch).to(self.model.device)
+        return self._score(batch, "reward", self.reward_head)
+
+    @torch.no_grad()
+    def judge_score(self, batch: Batch) -> Tensor:
+        """What the second reward model, added by `add_judge`, thinks of each prompt + answer [n]."""
+        assert self.judge_head is not None
+        return self._score(batch, "judge", self.judge_head)
+
+    def _score(self, batch: Batch, adapter: str, head: nn.Linear) -> Tensor:
+        self.use(adapter)
         last = []
         for part in batch.parts():
             ends = part.attention_mask.sum(-1) - 1
             last.append(self._hidden(part)[torch.arange(len(ends), device=ends.device), ends])
-        return self.reward_head(torch.cat(last).float()).squeeze(-1)
+        return head(torch.cat(last).float()).squeeze(-1)
 
     @torch.no_grad()
     def logprobs(self, adapter: str, batch: Batch, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The eight real steps with parameters that take seconds, by the flow and by `dvc repro`: the same result."""
+"""The nine real steps with parameters that take seconds, by the flow and by `dvc repro`: the same result."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,14 @@
+"""RRHF from models/sft on the ranked answers of prepared/rows/reward; writes models/rrhf."""
+
+from tasks import policy
+from tasks.stage import Stage, main
+
+
+def run(stage: Stage) -> dict[str, float]:
+    from glm.training import rrhf
+
+    return policy.improve(stage, rrhf.train, stage.params.rrhf, policy.rankings)
+
+
+if __name__ == "__main__":
+    main("rrhf", run)
