@@ -1,6 +1,7 @@
 """dvc.yaml's code dependencies are exactly what each stage imports: no stale result, and no retraining for nothing."""
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -38,6 +39,7 @@ def module_file(name: str) -> Path | None:
     return None
 
 
+@cache
 def imported(file: Path) -> set[Path]:
     """The project's files that a file imports, inside functions too, and the packages above them."""
     found: set[Path] = set()
@@ -55,6 +57,7 @@ def imported(file: Path) -> set[Path]:
     return found
 
 
+@cache
 def closure(file: Path) -> set[str]:
     """All project files that a program uses, observers and what only they use left out."""
     seen: set[Path] = set()

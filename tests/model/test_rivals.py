@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from glm import config
-from glm.training import kto
+from glm.data.encode import encode_row
+from glm.training import dpo, kto, rloo, rrhf
+from glm.training.actors import pack
+from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
 from glm.training.checkpoint import Checkpoints
+from glm.training.policy_loop import batch_at
+from glm.training.raft import best_of
 from tests.model.test_ppo import TOKENIZER, make_actors, prompts, same, state_of
 
 COMMON = {"learning_rate": 3e-3, "batch_size": 4, "max_new_tokens": 8, "save_steps": 2, "eval_steps": 3}
@@ -91,3 +96,91 @@ def test_it_learns_and_only_the_policy_changes(algorithm: str, tmp_path: Path) -
     after = state_of(actors)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".default." in name}
+
+
+def test_dpo_loss_by_hand() -> None:
+    # β h = 2 and -1; -log σ(2) = 0.126928, -log σ(-1) = 1.313262
+    margins = torch.tensor([2.0, -1.0])
+    assert dpo.dpo_loss(margins, config.Dpo()).item() == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-5)
+    # ε = 0.1: 0.9 · 0.126928 + 0.1 · 2.126928 and 0.9 · 1.313262 + 0.1 · 0.313262
+    smooth = dpo.dpo_loss(margins, config.Dpo(label_smoothing=0.1)).item()
+    assert smooth == pytest.approx((0.326928 + 1.213262) / 2, abs=1e-5)
+    # β = 0.5: h = 4 and -2, 1/(2β) = 1: (3² + 3²) / 2
+    assert dpo.dpo_loss(margins, config.Dpo(loss_type="ipo", beta=0.5)).item() == pytest.approx(9.0)
+
+
+def test_rrhf_terms_by_hand() -> None:
+    # p = -1, -0.5, -2: of three pairs only (1, 2) is in the wrong order, by 0.5
+    rank_loss, sft_loss, accuracy = rrhf.rrhf_terms(torch.tensor([-1.0, -0.5, -2.0]))
+    assert (rank_loss.item(), sft_loss.item()) == (0.5, 1.0)
+    assert accuracy.item() == pytest.approx(2 / 3)
+
+
+def test_raft_keeps_the_best_of_each_prompt() -> None:
+    assert best_of(torch.tensor([0.0, 2.0, 1.0, 5.0, 4.0, -1.0]), 3).tolist() == [1, 3]
+
+
+def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> None:
+    actors = make_actors(tmp_path)
+    rows = rankings(answers=3)
+    packing = packing_of(actors, config.Dpo(tokens_per_forward=64))
+    assert packing is not None and packing_of(actors, config.Dpo(packing=False)) is None
+    packed, lengths = answer_logprobs(actors, "policy", rows, packing, TOKENIZER.pad_token_id)
+    padded, _ = answer_logprobs(actors, "policy", rows, None, TOKENIZER.pad_token_id)
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
+    one, other = (
+        torch.autograd.grad(sums.sum(), list(actors.policy.values()), retain_graph=True) for sums in (packed, padded)
+    )
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    wanted = [len(ids) - start for row in rows for ids, start in zip(row["sequences"], row["starts"], strict=True)]
+    assert lengths.tolist() == wanted
+    # the reference is a copy of the policy here, and its numbers are computed in several forward passes
+    assert len(rows_of(rows, packing, 64)) > 1
+    reference = reference_logprobs(actors, rows, packing, TOKENIZER.pad_token_id, 64)
+    torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
+
+
+def test_batches_go_through_all_rows_in_a_new_order_each_epoch() -> None:
+    epochs = [[index for step in steps for index in batch_at(step, 10, 3, seed=1)] for steps in ((1, 2, 3), (4, 5, 6))]
+    assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+    assert batch_at(5, 10, 3, seed=1) == epochs[1][3:6]
+
+
+def test_trl_trains_on_our_tokens(tmp_path: Path) -> None:
+    """A Chinese ranking and a labelled answer, by our template, are what TRL's loss counts, token for token."""
+    prompt = [{"role": "user", "content": "写一条酒店评论"}]
+    ranking = encode_row(TOKENIZER, {"prompt": prompt, "answers": ["房间很干净", "又脏又吵"]}, config.Data())
+    single = encode_row(TOKENIZER, {"prompt": prompt, "answer": "早餐不错", "label": True}, config.Data())
+    rows = [*kto.labelled_ranking(ranking), kto.labelled_answer(single)]
+    assert [row["label"] for row in rows] == [True, False, True]
+    actors = make_actors(tmp_path)
+    actors.model.delete_adapter("ref")
+    params = PARAMS["kto"].model_copy(update={"batch_size": 3})
+    trainer = kto.make(actors, TOKENIZER, rows, params, tmp_path / "out", seed=1)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    for place, ids in enumerate([*ranking["sequences"], single["input_ids"]]):
+        assert batch["input_ids"][place][batch["attention_mask"][place].bool()].tolist() == ids
+        learned = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
+        assert learned == ids[len(rows[place]["prompt_ids"]) :]
+        assert TOKENIZER.decode(learned[:-1]).strip() == ["房间很干净", "又脏又吵", "早餐不错"][place]
+        assert learned[-1] == TOKENIZER.eos_token_id
+    # the KL term's answers are those of the batch, each to another prompt's place
+    wrong = batch["KL_input_ids"][0][batch["KL_completion_mask"][0].bool()].tolist()
+    assert wrong == rows[2]["completion_ids"]
+
+
+def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
+    """RLOO's old log-probabilities of our rollouts are those of our decoder, and its rewards those of our scorer."""
+    actors = make_actors(tmp_path)
+    actors.model.delete_adapter("ref")
+    trainer = rloo.make(actors, TOKENIZER, prompts(8), PARAMS["rloo"], tmp_path / "out", seed=1)
+    drawn: list = []
+    sample = actors.sample
+    actors.sample = lambda *args: drawn.append((args[0], sample(*args))) or drawn[-1][1]
+    inputs = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts(8)])
+    asked, samples = drawn[0]
+    torch.testing.assert_close(inputs["old_logps"], samples.logprobs.sum(-1), atol=1e-3, rtol=0)
+    scores = actors.score(pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device))
+    grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
+    wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
+    torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)
