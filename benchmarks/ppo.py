@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, and of an answer")
-    parser.add_argument("--parts", type=int, default=10, help="gradient_accumulation_steps")
+    parser.add_argument("--parts", type=int, default=12, help="gradient_accumulation_steps")
     options = parser.parse_args()
     rows, length, device = options.rows, options.length, options.device
     model = build(device, options.tiny)
@@ -188,12 +188,14 @@ def main() -> None:
     params = Ppo(
         batch_size=rows,
         mini_batch_size=rows,
-        gradient_accumulation_steps=options.parts,
+        gradient_accumulation_steps=min(options.parts, rows),
         ppo_epochs=1,
         max_new_tokens=length,
     )
     optimizer = torch.optim.AdamW(actors.trained, lr=1e-5)
-    steps = Table("step", "generate s", "score s", "update s", "total s", "examples/s", "of the limit", "peak GB")
+    steps = Table(
+        "step", "generate s", "score s", "update s", "total s", "examples/s", "of the limit", "peak GB", "reserved GB"
+    )
     limit = step_limit(model, rows, length, length)
     for name, step, stance in (
         ("this project", our_step, "default"),
@@ -207,11 +209,15 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             runs = sorted((step(actors, prompts[:rows], params, optimizer) for _ in range(3)), key=sum)
-        peak = torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else float("nan")
+        peaks = [float("nan")] * 2
+        if device == "cuda":
+            peaks = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
         total = sum(runs[1])
         cells = [*runs[1], total, rows / total]
-        steps.add_row(name, *(f"{cell:.2f}" for cell in cells), f"{rows / total / limit:.0%}", f"{peak:.1f}")
-        print(name, [f"{cell:.3f}" for cell in cells], f"peak {peak:.1f}", flush=True)
+        steps.add_row(
+            name, *(f"{cell:.2f}" for cell in cells), f"{rows / total / limit:.0%}", *(f"{gb:.1f}" for gb in peaks)
+        )
+        print(name, [f"{cell:.3f}" for cell in cells], [f"{gb:.1f} GB" for gb in peaks], flush=True)
     decoding = Table("decode, rows", "tokens/s", "of the limit", "first token s")
     for count in (rows, 2 * rows):
         rate, first = decode_rate(actors, prompts[:count], length)

@@ -25,6 +25,7 @@ from prefect.cache_policies import CachePolicy
 from prefect.logging import get_run_logger
 
 from flows import ROOT, guard
+from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
 
 EXECUTED = re.compile(r"Running stage '")
@@ -125,7 +126,7 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
         with guard.lock(ROOT / ".dvc" / "tmp" / "stage.lock", on_wait) as descriptor:
             progress.unlink(missing_ok=True)
             with guard.running(command, cwd=root, env=environment, time_limit=time_limit, hold=[descriptor]) as process:
-                for line in process.stdout or ():
+                for line in guard.lines(process):
                     executed = executed or EXECUTED.match(line) is not None
                     output.append(line.rstrip())
                     logger.info(line.rstrip())
@@ -135,7 +136,7 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
         if BUSY not in text or time.monotonic() > deadline:
             break
         on_wait()
-        time.sleep(2)
+        interruptible(time.sleep, 2)
 
     if process.returncode == guard.TIMED_OUT:
         raise StageError(f"{step}: stopped after its time limit of {time_limit:g} seconds\n{text}")

@@ -1,28 +1,25 @@
 """Run a command whose whole process tree ends with the process that asked for it, however that one ends.
 
-A training must not outlive its flow and hold the GPU: not after Ctrl-C, a cancelled run, or kill -9. `run` starts this
-file as a small program between the two: the kernel tells it when its parent has died (PR_SET_PDEATHSIG), it adopts
-whatever its descendants leave behind (PR_SET_CHILD_SUBREAPER), and it stops them all before it ends. Linux only.
+A training must not outlive its flow and hold the GPU: not after Ctrl-C, a cancelled run, or kill -9. `running` puts a
+small program between the two (guard_process.py): the kernel tells it when its parent has died (PR_SET_PDEATHSIG), it
+adopts whatever its descendants leave behind (PR_SET_CHILD_SUBREAPER), and it stops them all before it ends. Linux only.
 
-`lock` is a kernel lock (flock) whose descriptor `run` hands down, so that the lock lives exactly as long as the work it
-covers; a lock file with an owner's name in it would stay behind after kill -9.
+`lock` is a kernel lock (flock) whose descriptor `running` hands down, so that the lock lives exactly as long as the
+work it covers; a lock file with an owner's name in it would stay behind after kill -9.
 """
 
-import ctypes
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-TIMED_OUT = 124  # exit status, as of timeout(1)
+from flows import guard_process
+from flows.guard_process import TIMED_OUT as TIMED_OUT
+from flows.interrupt import interruptible
 
 
 @contextmanager
@@ -35,7 +32,7 @@ def lock(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[int
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            interruptible(fcntl.flock, descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -58,7 +55,7 @@ def running(
     calling thread has to outlive the command: for the kernel it is the parent.
     """
     process = subprocess.Popen(
-        [sys.executable, "-I", __file__, str(os.getpid()), str(time_limit or 0), *command],
+        [sys.executable, "-I", guard_process.__file__, str(os.getpid()), str(time_limit or 0), *command],
         cwd=cwd,
         env=dict(env),
         stdin=subprocess.DEVNULL,
@@ -71,52 +68,14 @@ def running(
     )
     try:
         yield process
-        process.wait()
+        interruptible(process.wait)
     finally:
         process.terminate()
         process.wait()
 
 
-def _guard(parent: int, time_limit: float, command: list[str]) -> int:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGTERM, _terminated)
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the kernel was told to say so
-        return 128 + signal.SIGTERM
-    try:
-        try:
-            # close_fds=False: the lock's descriptor goes on to the command
-            return subprocess.Popen(command, close_fds=False).wait(time_limit or None)
-        except subprocess.TimeoutExpired:
-            return TIMED_OUT
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    finally:
-        _stop_descendants()
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    # Once is enough: a parent that is killed has the kernel say so for each of its threads, and a second exception
-    # would end the stopping of descendants that the first one began.
-    signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)
-
-
-def _stop_descendants() -> None:
-    import psutil
-
-    me = psutil.Process()
-    for descendant in (gone := me.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            descendant.terminate()
-    psutil.wait_procs(gone, timeout=GRACE)
-    while left := me.children(recursive=True):  # those that did not listen, and what they started meanwhile
-        for descendant in left:
-            with suppress(psutil.NoSuchProcess):
-                descendant.kill()
-        psutil.wait_procs(left, timeout=1)
-
-
-if __name__ == "__main__":
-    sys.exit(_guard(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+def lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """What a process of `running` says, line by line."""
+    assert process.stdout is not None
+    while line := interruptible(process.stdout.readline):
+        yield line

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows import guard
+from flows.interrupt import interruptible
 from glm.config import Params
 from glm.errors import InputError
 from tasks.lineage import content_hash, git_tags
@@ -159,7 +160,7 @@ def smoke_test(model_uri: str) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:
         command = [sys.executable, "-c", _SMOKE_TEST.format(example=EXAMPLE), model_uri]
         with guard.running(command, cwd=Path(elsewhere), env=environment, time_limit=SMOKE_TEST_SECONDS) as process:
-            output = process.communicate()[0]
+            output = interruptible(process.communicate)[0]
     if process.returncode == guard.TIMED_OUT:
         raise SmokeTestError(f"{model_uri}: no answer within {SMOKE_TEST_SECONDS} s")
     if process.returncode:

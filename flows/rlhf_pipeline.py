@@ -32,6 +32,7 @@ from rich.console import Console
 
 from flows import ROOT, report
 from flows.dvc_stage import DvcCacheKey, RefusedError, StageError, output_hashes, reproduce, run_cache_key, unchanged
+from flows.interrupt import handle_ctrl_c, stop_if_asked
 from flows.progress import Board
 from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
@@ -124,6 +125,7 @@ def run_stages(root: Path, run_name: str) -> dict[str, Any]:
         for (step, plan), name in zip(STAGES.items(), names, strict=True):
             run = stage.with_options(name=name, task_run_name=name, retries=plan.retries)
             with board.running(name) as line:
+                stop_if_asked()
                 state = run(step, str(root), plan.time_limit, parent_run or "", return_state=True)
                 state.result()  # raises what the stage raised
                 line.state = "cached" if state.name == "Cached" else "ran"
@@ -189,6 +191,7 @@ def main() -> int:
             )
         if arguments.serve:
             return serve(arguments.cron)
+        handle_ctrl_c(ROOT / ".dvc" / "tmp" / "ctrl-c.log")
         quieten()
         Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
         with prefect_api():

@@ -18,6 +18,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import ROOT, guard
+from flows.interrupt import interruptible
 
 STARTUP_SECONDS = 180  # the first start makes the database: 7 s on an idle machine, more than 40 on a busy small one
 LOG = ROOT / ".prefect" / "temporary-server.log"
@@ -74,7 +75,7 @@ def wait_until_up(url: str, process: subprocess.Popen[str], log: Path) -> None:
     while not is_up(url):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"The Prefect server did not start; its output is in {log}")
-        time.sleep(0.1)
+        interruptible(time.sleep, 0.1)
 
 
 def free_port() -> int:

@@ -23,6 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from flows import ROOT, guard
 from flows.dvc_stage import stage_environment
+from flows.interrupt import interruptible
 from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_text
@@ -151,8 +152,8 @@ def git(*arguments: str) -> str:
 
 
 def dvc(root: Path, *arguments: str) -> str:
-    """The output of a DVC command in `root`."""
-    return command([sys.executable, "-m", "dvc", *arguments], root)
+    """The output of a DVC command in `root`, which may copy models for minutes."""
+    return interruptible(command, [sys.executable, "-m", "dvc", *arguments], root)
 
 
 def command(words: list[str], cwd: Path) -> str:

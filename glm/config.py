@@ -57,12 +57,23 @@ class EmbeddedModel(Section):
         return self
 
 
+Method = Literal["lora", "p_tuning", "freeze", "full"]
+Quantization = Literal["none", "nf4", "fp4", "int8", "cpm-int8", "cpm-int4"]
+
+
 class Model(Section):
     """The base model. Every stage reads it from models/base, which the base step makes or points to."""
 
     path: str = Field(EMBEDDED, min_length=1, description="'embedded', a folder, or a hub id")
     revision: str | None = Field(None, description="hub commit; recorded, and required to be able to reproduce a run")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Quantization = Field(
+        "none", description="frozen weights in 4 or 8 bits: bitsandbytes (nf4, fp4, int8), or the authors' (cpm-…)"
+    )
+    double_quantization: bool = Field(True, description="of nf4 and fp4: the scales are quantised too")
+    adapters: list[str] = Field(
+        [], description="folders of adapters you trained before, applied in this order under everything"
+    )
     embedded: EmbeddedModel = EmbeddedModel()
 
     @model_validator(mode="after")
@@ -158,6 +169,14 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(100, ge=1, description="optimizer steps between two looks at the dev split")
+    save_steps: int = Field(100, ge=1, description="optimizer steps between two checkpoints of the training")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "adafactor"] = Field(
+        "adamw_torch_fused", description="AdamW, AdamW with moments in 8 bits, or Adafactor, which hardly has any"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="LoRA+: B's learning rate over A's (Hayou et al. 2024): 16, say"
+    )
     packing: bool = Field(True, description="examples side by side in one row instead of padded to the longest")
     tokens_per_forward: int = Field(
         4096,
@@ -197,27 +216,55 @@ class Training(Section):
 class Sft(Training):
     """Supervised fine-tuning on prompt and answer; the loss counts answers only.
 
-    The LoRA's shape is given here for the whole pipeline: reward model and policy start as copies of the SFT adapter.
+    The shapes of LoRA, prefix and trained layers are given here for the whole pipeline. Reward model and policy start
+    as copies of what SFT trained where their method is the same, and else fresh, in these shapes, on top of it.
     """
 
-    method: Literal["lora"] = "lora"
+    method: Method = Field("lora", description="what is trained: a LoRA, a prefix, a few layers, or every weight")
+    resume_lora_training: bool = Field(
+        True, description="go on training the last of model.adapters if it is of this method; false: a fresh one on it"
+    )
     lora_rank: int = Field(8, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     lora_target: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="module names; query_key_value stands for q/k/v_proj on models that split them"
     )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    use_dora: bool = Field(False, description="train the weights' norms besides (Liu et al. 2024)")
+    init_lora_weights: Literal["default", "pissa"] = Field(
+        "default", description="pissa: start from the weights' largest singular values (Meng et al. 2024)"
+    )
+    pre_seq_len: int = Field(64, ge=1, description="p_tuning: trained keys and values before each layer's own")
+    prefix_projection: bool = Field(False, description="p_tuning: make them by a small network")
+    num_layer_trainable: int = Field(3, description="freeze: this many last layers are trained; negative: first layers")
+    name_module_trainable: Literal["mlp", "qkv"] = Field("mlp", description="freeze: what is trained of a layer")
+    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings (Jain et al. 2023): 5, say")
+
+    @model_validator(mode="after")
+    def some_layers(self) -> Self:
+        if self.num_layer_trainable == 0:
+            raise ValueError("num_layer_trainable 0 would train nothing: 3 means the last three layers, -3 the first")
+        return self
 
 
 class Reward(Training):
-    """Pairwise reward model (Ouyang et al. 2022, eq. 1): a LoRA and a scalar head."""
+    """Pairwise reward model (Ouyang et al. 2022, eq. 1) and its scalar head."""
 
-    init: Literal["sft", "base"] = Field("sft", description="the LoRA starts as a copy of the SFT adapter, or fresh")
+    method: Method = Field("lora", description="what is trained besides the head; its shape is in section sft")
+    init: Literal["sft", "base"] = Field("sft", description="the model that it starts from")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
 
 
 class Ppo(Section):
     """Proximal policy optimisation (Schulman et al. 2017) against the reward model, with a KL penalty to SFT."""
 
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
     minimum_reward_accuracy: float = Field(
         0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
     )
@@ -437,6 +484,57 @@ class Params(Section):
     export: Export = Export()
     promote: Promote = Promote()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def methods_can_be(self) -> Self:
+        """Refuse what no code could train."""
+        kind = self.model.quantization
+        for stage in ("sft", "reward", "ppo"):
+            method = getattr(self, stage).method
+            if kind != "none" and method in ("freeze", "full"):
+                raise ValueError(
+                    f"{stage}.method {method} trains weights themselves, and those of model.quantization {kind} are "
+                    "rounded to a few bits, which no gradient can move: choose lora or p_tuning, or quantization none"
+                )
+        if kind != "none" and self.sft.init_lora_weights == "pissa":
+            raise ValueError(
+                "sft.init_lora_weights pissa takes the LoRA out of the weights, which those of model.quantization "
+                f"{kind} cannot give: choose default, or quantization none"
+            )
+        if kind.startswith("cpm-") and self.sft.use_dora:
+            raise ValueError(f"sft.use_dora needs the weights' norms, which PEFT cannot read from {kind}: choose nf4")
+        return self
+
+    @model_validator(mode="after")
+    def prefixes_stand_alone(self) -> Self:
+        """A prefix cannot be merged, and a model has one at most."""
+        for stage, below in (("reward", self.reward.init == "sft"), ("ppo", True)):
+            section = getattr(self, stage)
+            if self.sft.method != "p_tuning" or not below:
+                continue
+            if section.method == "p_tuning" and not section.resume_lora_training:
+                raise ValueError(
+                    f"{stage}.resume_lora_training false would put a second prefix on SFT's, which cannot be merged: "
+                    "choose true, or method lora"
+                )
+            if section.method == "full":
+                raise ValueError(
+                    f"{stage}.method full would leave SFT's prefix outside of the weights that it saves: choose "
+                    "p_tuning, lora or freeze"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def rivals_train_a_lora(self) -> Self:
+        if self.algorithm != "ppo" and self.sft.method != "lora":
+            raise ValueError(f"algorithm {self.algorithm} trains the LoRA of SFT, but sft.method is {self.sft.method}")
+        return self
+
+    @model_validator(mode="after")
+    def only_what_exists(self) -> Self:
+        if {self.sft.method, self.reward.method, self.ppo.method} != {"lora"} or self.model.quantization != "none":
+            raise ValueError("only method lora on quantization none so far")
+        return self
 
 
 def load_params(path: str | Path = "params.yaml", overrides: dict[str, Any] | None = None) -> Params:

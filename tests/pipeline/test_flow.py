@@ -179,6 +179,32 @@ def test_overrides_run_in_a_workspace(project: Project) -> None:
     assert project.executed() == []
 
 
+def test_each_algorithm_has_its_own_results(project: Project, prefect_api: str) -> None:
+    project.flow()
+    assert project.executed() == list(PROGRAMS)
+    lock = (project.root / "dvc.lock").read_bytes()
+    params = (project.root / "params.yaml").read_text()
+    (project.root / "params.yaml").write_text(params.replace("\nalgorithm: ppo", "\nalgorithm: dpo", 1))
+
+    output = project.flow().stdout
+
+    assert project.executed() == ["dpo", "evaluate", "export"]
+    assert last_run(prefect_api)["tasks"]["dpo"] == "Completed" and "DPO" in output
+    assert json.loads((project.root / "models" / "dpo" / "made_with.json").read_text())["dpo.beta"] == 0.1
+    assert (project.root / "metrics" / "dpo.json").exists()
+    assert "up to date" in project.dvc("repro")
+    # PPO's code and knobs are no business of DPO's
+    with (project.root / "glm" / "training" / "ppo.py").open("a") as file:
+        file.write("\n# changed\n")
+    project.set_param("ppo.learning_rate", "5.0e-4", "2.0e-3")
+    project.dvc("repro")
+    assert project.executed() == []
+    project.git("checkout", "--quiet", "glm", "params.yaml")
+    project.flow()
+    assert project.executed() == []
+    assert (project.root / "dvc.lock").read_bytes() == lock
+
+
 def test_two_flows_at_once_execute_each_stage_once(project: Project) -> None:
     flows = [project.start_flow(SLEEP_sft="2"), project.start_flow("-S", "seed=42", SLEEP_sft="2")]
     for flow in flows:

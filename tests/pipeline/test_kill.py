@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,70 @@ def test_ctrl_c_stops_cleanly(project: Project, prefect_api: str) -> None:
     assert "Nothing is left running" in errors and "Traceback" not in errors
     assert project.processes() == []
     assert last_run(prefect_api)["state"]["type"] == "CRASHED"
+
+
+CTRL_C = """
+import queue, sys, time
+from pathlib import Path
+from flows.interrupt import handle_ctrl_c, interruptible
+
+handle_ctrl_c(Path(sys.argv[1]), stop_seconds=float(sys.argv[2]))
+print("up", flush=True)
+"""
+BUSY = """
+numbers = queue.Queue()
+end = time.monotonic() + 0.5
+while time.monotonic() < end:  # an exception in here would leave the queue locked in one case of four
+    numbers.put(1)
+    numbers.get()
+try:
+    interruptible(time.sleep, 60)
+except KeyboardInterrupt:
+    print(numbers.mutex.locked())
+try:
+    interruptible(time.sleep, 60)  # whoever swallows the exception meets it again
+except KeyboardInterrupt:
+    print("again")
+"""
+STUCK = """
+import threading
+stuck = threading.Lock()
+stuck.acquire()
+stuck.acquire()
+"""
+
+
+def interrupt(program: str, tmp_path: Path, stop_seconds: float, times: int = 1) -> tuple[int, str, str]:
+    """Start a program as a shell without job control does (`program &`): deaf to Ctrl-C; then press Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C + program, str(tmp_path / "hang.log"), str(stop_seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    for _ in range(times):
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    return process.returncode, output, errors
+
+
+def test_ctrl_c_comes_up_only_where_the_program_waits(tmp_path: Path) -> None:
+    assert interrupt(BUSY, tmp_path, stop_seconds=60) == (0, "False\nagain\n", "")
+
+
+def test_ctrl_c_ends_a_program_that_does_not_listen(tmp_path: Path) -> None:
+    status, _, errors = interrupt(STUCK, tmp_path, stop_seconds=0.5)
+    assert status == 130
+    assert "did not end by itself" in errors
+    assert '"<string>", line' in (tmp_path / "hang.log").read_text()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    status, _, errors = interrupt(STUCK, tmp_path, stop_seconds=60, times=2)
+    assert (status, errors) == (130, "Stopped at once.\n")
 
 
 def test_the_workspace_of_a_killed_run_is_removed_by_the_next(project: Project) -> None:
