@@ -253,9 +253,18 @@ class Reward(Training):
 
     method: Method = Field("lora", description="what is trained besides the head; its shape is in section sft")
     init: Literal["sft", "base"] = Field("sft", description="the model that it starts from")
+    loss_type: Literal["pairwise", "plackett_luce"] = Field("pairwise", description="of rankings of more than two")
+    margin: float = Field(0.0, ge=0, description="by how much a better answer should score higher")
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of the term that holds scores around 0")
     resume_lora_training: bool = Field(
         True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
     )
+
+    @model_validator(mode="after")
+    def margin_is_of_pairs(self) -> Self:
+        if self.margin and self.loss_type != "pairwise":
+            raise ValueError(f"margin {self.margin} is of loss_type pairwise, not {self.loss_type}")
+        return self
 
 
 class Ppo(Section):

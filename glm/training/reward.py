@@ -1,8 +1,7 @@
 """Reward model: a LoRA and a scalar head that give the better answer the higher score.
 
-The score of a sequence is the head's value at its last token, the answer's end. The loss is the pairwise logistic one,
--log sigmoid(r_better - r_worse), averaged over the pairs of each ranking (Ouyang et al. 2022, eq. 1), by a logsigmoid
-that does not underflow.
+The score of a sequence is the head's value at its last token, the answer's end. The loss is in
+`glm.training.ranking_loss`. The prompt of a ranking is computed once for each of its answers.
 """
 
 import tempfile
@@ -22,6 +21,7 @@ from glm.models.adapters import add_lora, last_hidden, load_lora, load_score, sa
 from glm.models.packed_attention import attention_of
 from glm.training.layers import layers_run
 from glm.training.packing import Packing, packed_row, step_rows
+from glm.training.ranking_loss import ranking_loss
 from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
 
 
@@ -42,12 +42,14 @@ class RewardModel(nn.Module):
 class RewardLoss(nn.Module):
     """Maps a micro-batch of `RankingCollator` to the sum of its rankings' losses."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel, params: Reward) -> None:
         super().__init__()
         self.model = model
+        self.params = params
 
     def forward(self, sizes: list[int], **inputs: Any) -> Tensor:
-        return pairwise_loss(self.model(**inputs), sizes) * len(sizes)
+        losses = [ranking_loss(ranking, self.params) for ranking in self.model(**inputs).split(sizes)]
+        return torch.stack(losses).sum()
 
 
 class RankingCollator:
@@ -124,7 +126,7 @@ def train(
         layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
     ):
         trainer = StepTrainer(
-            model=RewardLoss(reward_model),
+            model=RewardLoss(reward_model, params),
             args=training_arguments(params, steps, scratch, seed, has_dev=bool(dev_set)),
             train_dataset=steps.train_set,
             eval_dataset=dev_set or None,
