@@ -26,7 +26,7 @@ ROWS = {  # of metrics/evaluate.json: name, title, digits
     "rouge-l": ("ROUGE-L", 2),
     "reward": ("reward", 2),
     "judge": ("judge's reward", 2),
-    "win_rate": ("prompts won against SFT (judge)", 2),
+    "win_rate": ("prompts won against SFT", 2),
     "kl": ("KL to SFT, nats a response", 1),
 }
 STEP_COLUMNS = ["step", "", "time", "optimizer steps", "seconds per step"]

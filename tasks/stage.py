@@ -323,6 +323,7 @@ def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),
+        "cpu_seconds": round(time.process_time(), 1),  # of all threads; unlike the clock's, not of other work
         "peak_memory_gb": round(_peak_memory() / 1e9, 3),
         "speed": {name: sum(values) / len(values) for name, values in stage.speeds.items()},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
