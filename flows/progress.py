@@ -22,7 +22,7 @@ from glm.files import write_text
 
 # Seconds of each stage of the embedded default on two cores, for the first run; later ones know better.
 FIRST_GUESS = dict(
-    fetch=5, preprocess=8, base=80, sft=60, reward=50, judge=50, policy=90, evaluate=35, export=20, register=20
+    fetch=5, preprocess=8, base=80, sft=60, reward=50, reward_judge=50, policy=90, evaluate=35, export=20, register=20
 )
 NOTES = {"ran": "", "cached": "from the cache", "failed": "failed", "stopped": "stopped"}
 LOOKS = {  # mark and style of each state

@@ -59,7 +59,7 @@ STAGES = {
     "base": Plan(12 * HOUR, retries=2),
     "sft": Plan(168 * HOUR),
     "reward": Plan(168 * HOUR),
-    "judge": Plan(168 * HOUR),
+    "reward_judge": Plan(168 * HOUR),
     "policy": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
     "export": Plan(6 * HOUR),

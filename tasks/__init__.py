@@ -4,7 +4,7 @@ A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and
 """
 
 # in the order they run
-STEPS = ("fetch", "preprocess", "base", "sft", "reward", "judge", "policy", "evaluate", "export")
+STEPS = ("fetch", "preprocess", "base", "sft", "reward", "reward_judge", "policy", "evaluate", "export")
 
 
 def programs(algorithm: str) -> tuple[str, ...]:

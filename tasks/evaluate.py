@@ -41,7 +41,7 @@ def run(stage: Stage) -> dict[str, float]:
         reward=Path("models/reward"),
         scorer=load_scorer(params, tokenizer),
     )
-    actors.add_judge(Path("models/judge"))
+    actors.add_judge(Path("models/reward_judge"))
     rows = read_split(ROWS, "sft", "test")
     examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted
@@ -52,8 +52,8 @@ def run(stage: Stage) -> dict[str, float]:
     stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(policy_rows))
 
     metrics = {
-        f"{name}.accuracy": json.loads(Path(f"metrics/{name}.json").read_text(encoding="utf-8"))["test_accuracy"]
-        for name in ("reward", "judge")
+        f"{name}.accuracy": json.loads(Path(f"metrics/{step}.json").read_text(encoding="utf-8"))["test_accuracy"]
+        for name, step in (("reward", "reward"), ("judge", "reward_judge"))
     }
     shown = range(0, len(asked), max(1, len(asked) // SAMPLES))[:SAMPLES]
     samples = [{"prompt": question_of(asked[at])} for at in shown]

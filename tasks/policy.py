@@ -60,7 +60,7 @@ def improve(stage: Stage, train: Train, section: Any, rows: Rows) -> dict[str, f
     folder = f"models/{params.algorithm}"
     with replace_folder(folder) as written:
         actors.use("policy")
-        save_lora(actors.model, written, BASE)
+        save_lora(actors.model, written, BASE, name="policy")
     stage.log_adapter(folder)
     checkpoints.clear()
     return numbers

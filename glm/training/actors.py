@@ -26,7 +26,6 @@ from glm.generation.rollout import Decoder, Samples
 from glm.models.adapters import last_hidden, load_more_lora, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
 
-PEFT_NAMES = {"policy": "default", "reference": "ref", "reward": "reward", "judge": "judge"}  # TRL's
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
 
@@ -105,9 +104,9 @@ class Actors(nn.Module):
         A `scorer` gives rewards [n] in place of the adapter `reward`.
         """
         super().__init__()
-        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name=PEFT_NAMES["policy"], is_trainable=True)
-        load_more_lora(self.model, reference, PEFT_NAMES["reference"])
-        load_more_lora(self.model, reward, PEFT_NAMES["reward"])
+        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
+        load_more_lora(self.model, reference, "reference")
+        load_more_lora(self.model, reward, "reward")
         self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
         self.judge_head: nn.Linear | None = None
         self.scorer = scorer
@@ -127,7 +126,7 @@ class Actors(nn.Module):
 
     def add_judge(self, folder: Path) -> None:
         """Load a second reward model, for `judge_score`."""
-        load_more_lora(self.model, folder, PEFT_NAMES["judge"])
+        load_more_lora(self.model, folder, "judge")
         self.judge_head = load_score(folder).requires_grad_(False).to(self.model.device)
 
     def use(self, adapter: str) -> None:
@@ -139,14 +138,14 @@ class Actors(nn.Module):
             self.model.base_model.disable_adapter_layers()
         else:
             self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(PEFT_NAMES[adapter])
+            self.model.set_adapter(adapter)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.is_policy(name) and adapter == "policy")
 
     @staticmethod
     def is_policy(name: str) -> bool:
         """Whether a parameter of this name is one of the policy adapter's."""
-        return f".{PEFT_NAMES['policy']}." in name
+        return ".policy." in name
 
     def sample(
         self,

@@ -68,6 +68,8 @@ def make(
     class TokenGRPOTrainer(trl_policy.PolicyCheckpoints, GRPOTrainer):
         """Takes token-id prompts as they are, and answers by our decoder; TRL would encode and call `generate`."""
 
+        policy = actors.policy
+
         def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return prompts, None, {}
 

@@ -68,6 +68,8 @@ def make(
     class TokenKTOTrainer(trl_policy.PolicyCheckpoints, KTOTrainer):
         """Takes tokenised rows as they are; TRL would apply the chat template and encode."""
 
+        policy = actors.policy
+
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 

@@ -67,6 +67,8 @@ def make(
     class TokenRLOOTrainer(trl_policy.PolicyCheckpoints, RLOOTrainer):
         """Takes token-id prompts as they are, and answers by our decoder; TRL would encode and call `generate`."""
 
+        policy = actors.policy
+
         def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return prompts, None, {}
 

@@ -1,8 +1,8 @@
 """TRL's trainers on our actors: what KTO, GRPO and RLOO share.
 
 TRL brings the loss and the loop; data, tokens, rollouts (our decoder), rewards, looks at held-out prompts and the
-numbers in the curves are ours. The adapters go by the names that TRL gives them, "default" for the policy and "ref" for
-the reference, so that it trains and compares on the one base. A killed run goes on from the Trainer's own checkpoint.
+numbers in the curves are ours. It trains the adapter "policy" on the one base, and compares with "ref", a copy of it as
+it was. A killed run goes on from the Trainer's own checkpoint.
 """
 
 import math
@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from glm.config import Grouped, Rival
 from glm.data.encode import end_id
 from glm.errors import InputError
-from glm.training.actors import PEFT_NAMES, Actors, pack
+from glm.training.actors import Actors, pack
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_eval import judge, summary
 from glm.training.policy_loop import Show, batch_at
@@ -86,22 +86,39 @@ def in_order(prompts: list[list[int]], params: Grouped, seed: int) -> list[list[
     return [prompts[index] for batch in batches for index in batch_at(batch, len(prompts), params.batch_size, seed)]
 
 
+@torch.no_grad()
+def prepare(actors: Actors, make_trainer: Callable[[Path], Trainer], folder: Path) -> Trainer:
+    """A trainer whose reference, TRL's adapter "ref", is the policy as it is now.
+
+    TRL wants the adapter that it trains to be called "default", to make "ref" like it and to copy its weights. It finds
+    the policy under that name, and the copying is done here.
+    """
+    actors.use("policy")
+    actors.model.set_adapter("policy")  # where TRL comes back to after a look at the reference
+    configs = actors.model.peft_config
+    configs["default"] = configs["policy"]
+    trainer = make_trainer(folder)
+    del configs["default"]
+    for name, parameter in actors.policy.items():
+        actors.model.get_parameter(name.replace(".policy.", ".ref.")).copy_(parameter)
+    return trainer
+
+
 class PolicyCheckpoints(Trainer):
     """Keeps the policy adapter alone in a checkpoint, not base, reference and reward beside it."""
+
+    policy: dict[str, nn.Parameter]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({name: parameter.detach() for name, parameter in self._policy().items()}, folder / POLICY)
+        torch.save({name: parameter.detach() for name, parameter in self.policy.items()}, folder / POLICY)
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = torch.load(Path(resume_from_checkpoint, POLICY), weights_only=True)
-        for name, parameter in self._policy().items():
+        for name, parameter in self.policy.items():
             parameter.copy_(saved[name])
-
-    def _policy(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if Actors.is_policy(name)}
 
 
 def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
@@ -158,8 +175,7 @@ def run(
     watch = _Watch(params, names, look, log, progress, log_speed)
     if last:
         watch.restore(torch.load(Path(last, STATE), weights_only=True))
-    actors.model.delete_adapter(PEFT_NAMES["reference"])  # TRL makes it again: a copy of the policy, which is still SFT
-    trainer = make_trainer(folder)
+    trainer = prepare(actors, make_trainer, folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=last)

@@ -8,7 +8,7 @@ import torch
 
 from glm import config
 from glm.data.encode import encode_row
-from glm.training import dpo, kto, rloo, rrhf
+from glm.training import dpo, kto, rloo, rrhf, trl_policy
 from glm.training.actors import pack
 from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
 from glm.training.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def test_it_learns_and_only_the_policy_changes(algorithm: str, tmp_path: Path) -
         assert curves[-1][1]["margin"] > curves[1][1]["margin"]
     after = state_of(actors)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if ".default." in name}
+    assert changed == {name for name in before if ".policy." in name}
 
 
 def test_dpo_loss_by_hand() -> None:
@@ -154,9 +154,10 @@ def test_trl_trains_on_our_tokens(tmp_path: Path) -> None:
     rows = [*kto.labelled_ranking(ranking), kto.labelled_answer(single)]
     assert [row["label"] for row in rows] == [True, False, True]
     actors = make_actors(tmp_path)
-    actors.model.delete_adapter("ref")
     params = PARAMS["kto"].model_copy(update={"batch_size": 3})
-    trainer = kto.make(actors, TOKENIZER, rows, params, tmp_path / "out", seed=1)
+    trainer = trl_policy.prepare(
+        actors, lambda folder: kto.make(actors, TOKENIZER, rows, params, folder, seed=1), tmp_path / "out"
+    )
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
     for place, ids in enumerate([*ranking["sequences"], single["input_ids"]]):
         assert batch["input_ids"][place][batch["attention_mask"][place].bool()].tolist() == ids
@@ -172,8 +173,9 @@ def test_trl_trains_on_our_tokens(tmp_path: Path) -> None:
 def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     """RLOO's old log-probabilities of our rollouts are those of our decoder, and its rewards those of our scorer."""
     actors = make_actors(tmp_path)
-    actors.model.delete_adapter("ref")
-    trainer = rloo.make(actors, TOKENIZER, prompts(8), PARAMS["rloo"], tmp_path / "out", seed=1)
+    trainer = trl_policy.prepare(
+        actors, lambda folder: rloo.make(actors, TOKENIZER, prompts(8), PARAMS["rloo"], folder, seed=1), tmp_path
+    )
     drawn: list = []
     sample = actors.sample
     actors.sample = lambda *args: drawn.append((args[0], sample(*args))) or drawn[-1][1]

@@ -101,7 +101,7 @@ def test_a_failed_stage_fails_the_flow(project: Project, prefect_api: str) -> No
     assert mlflow_status(project.root) == "FAILED"
 
     project.flow()
-    assert project.executed() == ["sft", "reward", "judge", "ppo", "evaluate", "export"]
+    assert project.executed() == ["sft", "reward", "reward_judge", "ppo", "evaluate", "export"]
     assert mlflow_status(project.root) == "FINISHED"
 
 

@@ -31,10 +31,10 @@ def run(stage: Stage) -> dict[str, float]:
         progress=stage.progress,
     )
     held_out = reward.evaluate(trained, tokenizer, examples["test"], params.reward.per_device_eval_batch_size)
-    with replace_folder("models/judge") as folder:
+    with replace_folder("models/reward_judge") as folder:
         reward.save(trained, folder, BASE)
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
 
 
 if __name__ == "__main__":
-    main("judge", run)
+    main("reward_judge", run)
