@@ -13,7 +13,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class ChatModel(PythonModel):
-    """A causal language model, with or without a LoRA adapter, that answers lists of chat messages."""
+    """A causal language model, with or without adapters, that answers lists of chat messages."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model and its tokenizer from the artifacts (see tasks/logged_models.py, which logs them)."""
@@ -24,9 +24,12 @@ class ChatModel(PythonModel):
         from glm.models.checkpoint import follow_pointer
 
         base, revision = follow_pointer(context.artifacts["base"])
-        adapters = [context.artifacts["adapter"]] if "adapter" in context.artifacts else []
         self.model = load_model(
-            base, adapters=adapters, device="cuda" if torch.cuda.is_available() else "cpu", revision=revision
+            base,
+            adapters=[folder for name, folder in sorted(context.artifacts.items()) if name != "base"],
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            quantization=context.model_config["quantization"],
+            revision=revision,
         )
         self.tokenizer = load_tokenizer(base, revision=revision)
         self.generation = context.model_config["generation"]

@@ -9,7 +9,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class RewardModel(PythonModel):
-    """A LoRA with a scalar head on a base model; the higher the score, the better the answer."""
+    """A tuned model with a scalar head; the higher the score, the better the answer."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load base, adapter and head from the artifacts (see tasks/logged_models.py, which logs them)."""
@@ -21,9 +21,15 @@ class RewardModel(PythonModel):
         from glm.training import reward
 
         base, revision = follow_pointer(context.artifacts["base"])
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(base, device=device, revision=revision)
-        self.model = reward.load(model, Path(context.artifacts["adapter"]))
+        adapters = [folder for name, folder in sorted(context.artifacts.items()) if name != "base"]
+        model = load_model(
+            base,
+            adapters=adapters[:-1],
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            quantization=context.model_config["quantization"],
+            revision=revision,
+        )
+        self.model = reward.load(model, Path(adapters[-1] if adapters else base))
         self.tokenizer = load_tokenizer(base, revision=revision)
         self.data = Data(**context.model_config["data"])
 

@@ -167,7 +167,7 @@ def ours(model: PreTrainedModel, values: dict[str, Any], steps: int, *, stage: s
         adapted.unload()
     else:
         params = Reward.model_validate({**EVERY, **values, "max_steps": steps})
-        trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, lora=lora, sft_adapter=None, **options)
+        trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, shape=lora, **options)
         trained.backbone.unload()
     kept = windows[1:]
     return {name: statistics.median(window[name] for window in kept) for name in kept[0]}
@@ -307,7 +307,7 @@ def cpu(steps: int, console: Console) -> None:
         if name == "sft":
             sft.train(model, tokenizer, dialogues, [], section, **options)
         else:
-            reward.train(model, tokenizer, ranked, [], section, lora=params.sft, sft_adapter=None, **options)
+            reward.train(model, tokenizer, ranked, [], section, shape=params.sft, **options)
         return speeds[-1]
 
     ways: dict[str, Callable[[], float]] = {

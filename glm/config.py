@@ -336,6 +336,10 @@ class Rival(Section):
 class Offline(Rival):
     """Learns from the ranked answers of data.reward, packed side by side."""
 
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
     packing: bool = True
     tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
 
@@ -416,6 +420,10 @@ class Rloo(Grouped):
 class Raft(Online):
     """Reward-ranked fine-tuning (Dong et al. 2023): learn the best of num_generations answers to each prompt."""
 
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL penalty on the reward by which the best is chosen")
 
 
@@ -510,6 +518,12 @@ class Params(Section):
                 "sft.init_lora_weights pissa takes the LoRA out of the weights, which those of model.quantization "
                 f"{kind} cannot give: choose default, or quantization none"
             )
+        if self.sft.use_dora and self.sft.init_lora_weights == "pissa":
+            raise ValueError("sft.use_dora and sft.init_lora_weights pissa: the one's norms hide the other's start")
+        for stage in ("sft", "reward"):
+            section = getattr(self, stage)
+            if section.loraplus_lr_ratio is not None and section.method != "lora":
+                raise ValueError(f"{stage}.loraplus_lr_ratio is for LoRA's B, and {stage}.method is {section.method}")
         if kind.startswith("cpm-") and self.sft.use_dora:
             raise ValueError(f"sft.use_dora needs the weights' norms, which PEFT cannot read from {kind}: choose nf4")
         return self
@@ -534,15 +548,9 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def rivals_train_a_lora(self) -> Self:
-        if self.algorithm != "ppo" and self.sft.method != "lora":
+    def trl_trains_a_lora(self) -> Self:
+        if self.algorithm in ("kto", "grpo", "rloo") and self.sft.method != "lora":
             raise ValueError(f"algorithm {self.algorithm} trains the LoRA of SFT, but sft.method is {self.sft.method}")
-        return self
-
-    @model_validator(mode="after")
-    def only_what_exists(self) -> Self:
-        if {self.sft.method, self.reward.method, self.ppo.method} != {"lora"} or self.model.quantization != "none":
-            raise ValueError("only method lora on quantization none so far")
         return self
 
 

@@ -1,12 +1,15 @@
 """Make models/base: the tiny embedded model and its tokenizer, or a pointer to the model of model.path.
 
 A real model is not copied: models/base/source.json names its folder or hub commit and the sha256 of each of its files.
+models/base/adapters.json does the same for model.adapters, if there are any.
 """
+
+from pathlib import Path
 
 from glm.config import EMBEDDED
 from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json
-from tasks.base_model import BASE, describe
+from tasks.base_model import ADAPTERS, BASE, describe, describe_adapters
 from tasks.stage import Stage, main
 
 ROWS = "prepared/rows"
@@ -18,6 +21,7 @@ def run(stage: Stage) -> dict[str, float]:
         source = describe(params.path, params.revision)
         with replace_folder(BASE) as folder:
             write_json(folder / "source.json", source)
+            _write_adapters(folder, params.adapters)
         return {"bytes": sum(file["size"] for file in source["files"].values())}
     return _train_embedded(stage)
 
@@ -44,7 +48,13 @@ def _train_embedded(stage: Stage) -> dict[str, float]:
             progress=stage.progress,
         )
         model.save_pretrained(folder)
+        _write_adapters(folder, stage.params.model.adapters)
     return numbers
+
+
+def _write_adapters(folder: Path, adapters: list[str]) -> None:
+    if adapters:
+        write_json(folder / ADAPTERS, describe_adapters(adapters))
 
 
 if __name__ == "__main__":

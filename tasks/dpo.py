@@ -7,7 +7,10 @@ from tasks.stage import Stage, main
 def run(stage: Stage) -> dict[str, float]:
     from glm.training import dpo
 
-    return policy.improve(stage, dpo.train, stage.params.dpo, policy.rankings)
+    options = stage.params.dpo
+    return policy.improve(
+        stage, dpo.train, options, policy.rankings, method=options.method, resume=options.resume_lora_training
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from glm.data.rows import question_of, read_split
 from glm.files import replace_folder, write_json, write_jsonl
-from tasks.base_model import load_base
+from tasks.base_model import foundation, load_base_tokenizer, load_shared
 from tasks.rewards import load_scorer
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS, tokenized
@@ -28,20 +28,27 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.evaluation.text_metrics import corpus_scores
     from glm.evaluation.win_rate import mean_gain, win_rate
     from glm.generation.decode import decode, generate
+    from glm.models.lineage import chain
     from glm.training import policy_eval, sft
     from glm.training.actors import Actors, pack
 
     params, options = stage.params, stage.params.evaluate
     adapters = {"base": "base", "sft": "reference", params.algorithm: "policy"}  # who is compared, and its adapter
-    base, tokenizer = load_base(params)
+    sft_model, reward, judge, policy = (
+        Path("models", name) for name in ("sft", "reward", "reward_judge", params.algorithm)
+    )
+    shared = [foundation(params).parts, *(chain(folder) for folder in (sft_model, reward, judge, policy))]
+    base, beneath = load_shared(params, *shared)
+    tokenizer = load_base_tokenizer()
     actors = Actors(
         base,
-        policy=Path("models", params.algorithm),
-        reference=Path("models/sft"),
-        reward=Path("models/reward"),
+        policy=policy,
+        reference=sft_model,
+        reward=reward,
+        beneath=beneath,
         scorer=load_scorer(params, tokenizer),
+        judge=judge,
     )
-    actors.add_judge(Path("models/reward_judge"))
     rows = read_split(ROWS, "sft", "test")
     examples = tokenized(stage, tokenizer, "sft", "test")
     asked = rows[:: max(1, len(rows) // options.max_samples)][: options.max_samples]  # spread: files are often sorted

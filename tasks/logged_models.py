@@ -32,31 +32,58 @@ GENERATION = {"max_new_tokens": 128, "do_sample": False, "temperature": 1.0, "to
 
 
 def log_chat_model(
-    name: str, data: Data, base: str | Path, adapter: str | Path | None = None, tags: dict[str, str] | None = None
+    name: str,
+    data: Data,
+    base: str | Path,
+    *adapters: str | Path,
+    quantization: str = "none",
+    tags: dict[str, str] | None = None,
 ) -> "ModelInfo":
-    """Log `base`, with or without a LoRA folder on it, to the active MLflow run: messages in, the answer out.
+    """Log `base`, with or without adapter folders on it, to the active MLflow run: messages in, the answer out.
 
     `data` gives what a prompt must have in common with training: the system prompt and the longest prompt.
     """
     from mlflow.models import infer_signature
 
     signature = infer_signature([EXAMPLE], [ANSWER], params=GENERATION)
-    folders = {"base": str(base)} | ({"adapter": str(adapter)} if adapter else {})
     config = {
         "generation": GENERATION,
+        "quantization": quantization,
         "data": data.model_dump(include={"source_prefix", "max_source_length"}),
     }
-    return _log(name, "mlflow_model.py", folders, config, signature, EXAMPLE, tags)
+    return _log(name, "mlflow_model.py", _folders(base, adapters), config, signature, EXAMPLE, tags)
 
 
-def log_reward_model(name: str, data: Data, base: str | Path, adapter: str | Path) -> "ModelInfo":
-    """Log a reward model, a LoRA with a head on `base`, to the active MLflow run: messages and answer in, score out."""
+def log_reward_model(
+    name: str, data: Data, base: str | Path, *adapters: str | Path, quantization: str = "none"
+) -> "ModelInfo":
+    """Log a reward model to the active MLflow run: messages and answer in, score out.
+
+    The last folder, `base` itself where there are no adapters, holds its head.
+    """
     from mlflow.models import infer_signature
 
     example = {"messages": [QUESTION, ANSWER]}
-    config = {"data": data.model_dump(include={"source_prefix", "max_source_length", "max_target_length"})}
-    folders = {"base": str(base), "adapter": str(adapter)}
-    return _log(name, "mlflow_reward_model.py", folders, config, infer_signature([example], [0.5]), example)
+    config = {
+        "quantization": quantization,
+        "data": data.model_dump(include={"source_prefix", "max_source_length", "max_target_length"}),
+    }
+    signature = infer_signature([example], [0.5])
+    return _log(name, "mlflow_reward_model.py", _folders(base, adapters), config, signature, example)
+
+
+def artifact_folders(folder: str) -> tuple[list[str], str]:
+    """(base and adapters in their order, quantisation) of all that makes the artifact in `folder`, itself included."""
+    from glm.models.lineage import read_lineage
+
+    _, below = read_lineage(folder)
+    if below is None:
+        return [folder], "none"
+    return [below.base, *below.adapters, folder], below.quantization
+
+
+def _folders(base: str | Path, adapters: tuple[str | Path, ...]) -> dict[str, str]:
+    return {"base": str(base)} | {f"adapter_{number:02}": str(folder) for number, folder in enumerate(adapters, 1)}
 
 
 def _log(

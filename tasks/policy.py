@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm.config import Params
+from glm.config import Method, Params
 from glm.errors import InputError
-from glm.files import replace_folder
-from tasks.base_model import BASE, load_base
+from tasks.base_model import load_base_tokenizer, load_shared
 from tasks.rewards import load_scorer
 from tasks.stage import Stage
 from tasks.tokenized import tokenized
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from glm.training.policy_eval import Judged
 
 SFT = Path("models/sft")
+REWARD = Path("models/reward")
 CHECKPOINTS = Path(".cache/checkpoints")  # no output of the stage: DVC removes those before it starts one again
 SAMPLES = 8  # dev prompts whose answers are kept with the run, at every look
 
@@ -30,19 +30,34 @@ Rows = Callable[[Stage, "PreTrainedTokenizerBase", str], Any]  # what an algorit
 Train = Callable[..., dict[str, float]]  # such as glm.training.dpo.train
 
 
-def improve(stage: Stage, train: Train, section: Any, rows: Rows) -> dict[str, float]:
-    """Train the policy by one algorithm on `rows`, with its `section` of params.yaml, and write it."""
-    from glm.models.adapters import save_lora
-    from glm.training.actors import Actors
+def improve(
+    stage: Stage, train: Train, section: Any, rows: Rows, *, method: Method = "lora", resume: bool = True
+) -> dict[str, float]:
+    """Train the policy by one algorithm on `rows`, with its `section` of params.yaml, and write it.
+
+    `method` is what is trained of it: with `resume` a copy of what SFT trained, if that is of this method, else
+    something fresh on top.
+    """
+    from glm.models.lineage import above, chain
+    from glm.models.saving import save_trained
+    from glm.training.actors import Actors, NewPolicy
     from glm.training.checkpoint import Checkpoints
 
     params = stage.params
-    model, tokenizer = load_base(params)
+    below, start = above(SFT).starting(method, resume=resume)
+    below.check(method)
+    model, beneath = load_shared(params, below.parts, chain(SFT), chain(REWARD))
+    tokenizer = load_base_tokenizer()
     train_set = rows(stage, tokenizer, "train")
     dev_prompts = prompts(stage, tokenizer, "dev")
     checkpoints = Checkpoints(CHECKPOINTS / params.algorithm / stage.fingerprint)
     actors = Actors(
-        model, policy=SFT, reference=SFT, reward=Path("models/reward"), scorer=load_scorer(params, tokenizer)
+        model,
+        policy=NewPolicy(method, params.sft, below.parts, start),
+        reference=SFT,
+        reward=REWARD,
+        beneath=beneath,
+        scorer=load_scorer(params, tokenizer),
     )
     numbers = train(
         actors,
@@ -57,10 +72,9 @@ def improve(stage: Stage, train: Train, section: Any, rows: Rows) -> dict[str, f
         show=lambda step, judged: show(stage, tokenizer, dev_prompts, step, judged),
         checkpoints=checkpoints,
     )
+    actors.finish()
     folder = f"models/{params.algorithm}"
-    with replace_folder(folder) as written:
-        actors.use("policy")
-        save_lora(actors.model, written, BASE, name="policy")
+    save_trained(actors.model, method, folder, below, name="policy", weights=actors.policy, tokenizer=tokenizer)
     stage.log_adapter(folder)
     checkpoints.clear()
     return numbers

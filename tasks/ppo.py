@@ -7,9 +7,11 @@ from tasks.stage import Stage, main
 def run(stage: Stage) -> dict[str, float]:
     from glm.training import ppo
 
-    params = stage.params
-    policy.check_reward_model(params, params.ppo.minimum_reward_accuracy)
-    return policy.improve(stage, ppo.train, params.ppo, policy.prompts)
+    params, options = stage.params, stage.params.ppo
+    policy.check_reward_model(params, options.minimum_reward_accuracy)
+    return policy.improve(
+        stage, ppo.train, options, policy.prompts, method=options.method, resume=options.resume_lora_training
+    )
 
 
 if __name__ == "__main__":

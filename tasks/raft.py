@@ -7,9 +7,11 @@ from tasks.stage import Stage, main
 def run(stage: Stage) -> dict[str, float]:
     from glm.training import raft
 
-    params = stage.params
-    policy.check_reward_model(params, params.raft.minimum_reward_accuracy)
-    return policy.improve(stage, raft.train, params.raft, policy.prompts)
+    params, options = stage.params, stage.params.raft
+    policy.check_reward_model(params, options.minimum_reward_accuracy)
+    return policy.improve(
+        stage, raft.train, options, policy.prompts, method=options.method, resume=options.resume_lora_training
+    )
 
 
 if __name__ == "__main__":

@@ -1,29 +1,42 @@
-"""Train the reward model, a LoRA and a head on models/base, on the ranked answers of prepared/rows/reward."""
+"""Train the reward model, by `reward.method` and with a head, on the ranked answers of prepared/rows/reward.
+
+It stands on models/sft or models/base. A run that was killed goes on from its last checkpoint when the same command is
+given again on the same inputs.
+"""
 
 from itertools import takewhile
 from pathlib import Path
 
-from glm.files import replace_folder
-from tasks.base_model import BASE, load_base
+from tasks.base_model import foundation, load_base_tokenizer, load_on
 from tasks.stage import Stage, main
 from tasks.tokenized import tokenized
+
+CHECKPOINTS = Path(".cache/checkpoints/reward")
 
 
 def run(stage: Stage) -> dict[str, float]:
     from glm.evaluation import reward_report
+    from glm.models.lineage import above
+    from glm.models.saving import save_trained
     from glm.training import reward
+    from glm.training.checkpoint import Checkpoints
 
     params = stage.params
-    model, tokenizer = load_base(params)
+    beneath = above("models/sft") if params.reward.init == "sft" else foundation(params)
+    below, start = beneath.starting(params.reward.method, resume=params.reward.resume_lora_training)
+    below.check(params.reward.method)
+    model, tokenizer = load_on(below), load_base_tokenizer()
     examples = {split: tokenized(stage, tokenizer, "reward", split) for split in ("train", "dev", "test")}
+    checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint, keep=params.reward.save_total_limit)
     trained, numbers = reward.train(
         model,
         tokenizer,
         examples["train"],
         examples["dev"],
         params.reward,
-        lora=params.sft,
-        sft_adapter=Path("models/sft") if params.reward.init == "sft" else None,
+        shape=params.sft,
+        start=start,
+        checkpoints=checkpoints,
         seed=params.seed,
         log=stage.log,
         log_speed=stage.log_speed,
@@ -34,9 +47,10 @@ def run(stage: Stage) -> dict[str, float]:
     lengths = [length for example in examples["test"] for length in answer_lengths(example["sequences"])]
     held_out = reward.ranking_metrics(scores, sizes) | reward_report.report(scores.numpy(), sizes, lengths)
     stage.log_figure("reward_report.png", reward_report.draw(scores.numpy(), sizes, lengths, "held-out rankings"))
-    with replace_folder("models/reward") as folder:
-        reward.save(trained, folder, BASE)
+    score = trained.score
+    save_trained(trained.backbone, params.reward.method, "models/reward", below, tokenizer=tokenizer, score=score)
     stage.log_reward_model("models/reward")
+    checkpoints.clear()
     numbers |= {"truncated_rows": examples["train"].truncated}
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
 

@@ -7,7 +7,10 @@ from tasks.stage import Stage, main
 def run(stage: Stage) -> dict[str, float]:
     from glm.training import rrhf
 
-    return policy.improve(stage, rrhf.train, stage.params.rrhf, policy.rankings)
+    options = stage.params.rrhf
+    return policy.improve(
+        stage, rrhf.train, options, policy.rankings, method=options.method, resume=options.resume_lora_training
+    )
 
 
 if __name__ == "__main__":

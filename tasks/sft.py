@@ -1,30 +1,44 @@
-"""Supervised fine-tuning of a LoRA on models/base with the rows of prepared/rows/sft; writes models/sft."""
+"""Supervised fine-tuning by `sft.method` on models/base with the rows of prepared/rows/sft; writes models/sft.
 
-from tasks.base_model import load_base
+A run that was killed goes on from its last checkpoint when the same command is given again on the same inputs.
+"""
+
+from pathlib import Path
+
+from tasks.base_model import foundation, load_base_tokenizer, load_on
 from tasks.stage import Stage, main
 from tasks.tokenized import tokenized
 
+CHECKPOINTS = Path(".cache/checkpoints/sft")  # no output of the stage: DVC removes those before it starts one again
+
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.models.saving import save_adapter
+    from glm.models.saving import save_trained
     from glm.training import sft
+    from glm.training.checkpoint import Checkpoints
 
     params = stage.params
-    model, tokenizer = load_base(params)
+    below, start = foundation(params).starting(params.sft.method, resume=params.sft.resume_lora_training)
+    below.check(params.sft.method)
+    model, tokenizer = load_on(below), load_base_tokenizer()
     examples = {split: tokenized(stage, tokenizer, "sft", split) for split in ("train", "dev")}
-    adapted, numbers = sft.train(
+    checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint, keep=params.sft.save_total_limit)
+    tuned, numbers = sft.train(
         model,
         tokenizer,
         examples["train"],
         examples["dev"],
         params.sft,
+        start=start,
+        checkpoints=checkpoints,
         seed=params.seed,
         log=stage.log,
         log_speed=stage.log_speed,
         progress=stage.progress,
     )
-    save_adapter(adapted, "models/sft")
+    save_trained(tuned, params.sft.method, "models/sft", below, tokenizer=tokenizer)
     stage.log_adapter("models/sft")
+    checkpoints.clear()
     return numbers | {"truncated_rows": examples["train"].truncated}
 
 

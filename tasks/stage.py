@@ -107,18 +107,22 @@ class Stage:
         self.tracker.write(lambda client, run_id: client.log_inputs(run_id, [DatasetInput(dataset, tags)]))
 
     def log_adapter(self, folder: str | Path) -> None:
-        """Log a LoRA folder on models/base as an MLflow model that answers chat requests."""
-        from tasks.logged_models import log_chat_model
+        """Log what a stage has trained, with all that it stands on, as an MLflow model that answers chat requests."""
+        from tasks.logged_models import artifact_folders, folder_size, log_chat_model
 
-        log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, "models/base", folder)
-        self.tracker.write(lambda client, run_id: log())
+        folders, quantization = artifact_folders(str(folder))
+        if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
+            log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, *folders, quantization=quantization)
+            self.tracker.write(lambda client, run_id: log())
 
     def log_reward_model(self, folder: str | Path) -> None:
-        """Log a LoRA folder with a reward head, on models/base, as an MLflow model that scores answers."""
-        from tasks.logged_models import log_reward_model
+        """Log a reward model, with all that it stands on, as an MLflow model that scores answers."""
+        from tasks.logged_models import artifact_folders, folder_size, log_reward_model
 
-        log = partial(log_reward_model, self.name, self.params.data, "models/base", folder)
-        self.tracker.write(lambda client, run_id: log())
+        folders, quantization = artifact_folders(str(folder))
+        if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
+            log = partial(log_reward_model, self.name, self.params.data, *folders, quantization=quantization)
+            self.tracker.write(lambda client, run_id: log())
 
     def log_model(self, folder: str | Path) -> None:
         """Log a plain transformers folder as an MLflow model that answers chat requests.
@@ -128,7 +132,8 @@ class Stage:
         from tasks.logged_models import folder_size, log_chat_model
 
         if folder_size(folder) <= MAX_COPY_BYTES:
-            log = partial(log_chat_model, self.name, self.params.data, folder, tags={"dvc_md5": content_hash(folder)})
+            tags = {"dvc_md5": content_hash(folder)}
+            log = partial(log_chat_model, self.name, self.params.data, folder, tags=tags)
             self.tracker.write(lambda client, run_id: log())
 
     def log_figure(self, name: str, figure: "Figure") -> None:

@@ -1,11 +1,14 @@
 """Batched decoding of prompts of different lengths."""
 
+from contextlib import nullcontext
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.data.collate import pad_ids
 from glm.data.encode import end_id
+from glm.models.adapters import half_precision, mixed_dtypes
 
 
 @torch.no_grad()
@@ -36,13 +39,14 @@ def generate(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = pad_ids([prompts[index] for index in chosen], tokenizer.pad_token_id, "left")
-        out = model.generate(
-            **{key: value.to(model.device) for key, value in batch.items()},
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with half_precision(model) if mixed_dtypes(model) else nullcontext():
+            out = model.generate(
+                **{key: value.to(model.device) for key, value in batch.items()},
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         for index, answer in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             answers[index] = answer[: answer.index(end) + 1] if end in answer else answer
     return answers

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
+from glm.models.prefix import prefix_of
+
 
 class Projection(NamedTuple):
     """A linear map; a LoRA rides beside the weight, since a merged copy of every matrix would double the model."""
@@ -149,10 +151,12 @@ def choose(weights: Weights, state: State, hidden: Tensor, end: int, pad: int) -
 
 
 def supports(model: nn.Module) -> bool:
-    """Whether `gather_weights` can take this causal LM apart: transformers' Glm, unquantised, bare or under LoRA."""
-    if type(model) is not GlmForCausalLM or hasattr(model.base_model, "prefix_encoder"):
+    """Whether `gather_weights` can take this causal LM apart: transformers' Glm in one dtype, bare or under LoRA."""
+    if type(model) is not GlmForCausalLM or prefix_of(model) is not None:
         return False
     linears = [linear for layer in model.model.layers for linear in _linears(layer)]
+    if len({parameter.dtype for name, parameter in model.named_parameters() if ".lora_" not in name}) > 1:
+        return False
     return type(model.lm_head) is nn.Linear and all(
         type(linear) is nn.Linear
         or (

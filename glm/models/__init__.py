@@ -6,7 +6,7 @@ Importing this package registers ChatGLM-6B and its authors' quantised format wi
 import logging
 from typing import TYPE_CHECKING, Any
 
-from glm.models import chatglm1, quantization  # noqa: F401 (registers with transformers)
+from glm.models import chatglm1, lineage, quantization  # noqa: F401 (registers with transformers)
 from glm.models.loading import load_model
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, **options: Any) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder or hub id; see `glm.models.tokenization.load_tokenizer`."""
+    """Load the tokenizer of a model folder or hub id; see `glm.models.tokenization.load_tokenizer`.
+
+    Of a folder that a stage has trained it is the tokenizer of the model that this stands on.
+    """
     from glm.models import tokenization  # sentencepiece loads only where a tokenizer is wanted
 
+    path_or_hub_id, revision = lineage.base_of(path_or_hub_id, revision)
     return tokenization.load_tokenizer(path_or_hub_id, revision=revision, **options)

@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from glm.errors import InputError
-from glm.models import prefix
+from glm.models import lineage, methods, prefix
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM, ChatGLMForSequenceClassification
 from glm.models.chatglm2 import Rope, glm_config, glm_state_dict
-from glm.models.checkpoint import WEIGHT_FILES, Checkpoint, LazyTensor, local_folder, read_config
+from glm.models.checkpoint import Checkpoint, LazyTensor, local_folder, read_config
 from glm.models.quantization import (
     BITSANDBYTES,
     CPM,
@@ -58,6 +58,7 @@ def load_model(
     device: torch.device | str | None = None,
     quantization: str | None = None,
     double_quantization: bool = True,
+    dequantize: bool = False,
     revision: str | None = None,
     task: Task = "causal_lm",
     num_labels: int = 1,
@@ -70,20 +71,34 @@ def load_model(
     published them (also int4 and int8), one that this project saved, or any causal language model of transformers.
     Which it is, is read from its config alone. Remote code is never run. The second to fourth generation become
     transformers' Glm classes. Weights are read one tensor at a time: memory for the model plus one shard.
+    A folder that a stage has trained (models/sft, say) is loaded with all that it stands on, see `glm.models.lineage`.
 
-    `adapters` are applied in the given order: folders of PEFT's format (LoRA), folders of this project's prefixes, or
-    files and checkpoints of the authors' P-Tuning v2. LoRA is merged into the weights; on a quantised base it stays
-    beside them, all adapters active. A prefix always stays beside the weights.
+    `adapters` are applied in the given order: folders of PEFT's format (LoRA), folders of this project's prefixes and
+    trained layers, or files and checkpoints of the authors' P-Tuning v2. LoRA is merged into the weights; on a
+    quantised base it stays beside them, all adapters active. A prefix always stays beside the weights.
 
     `dtype` None takes the checkpoint's own. `device` None is the CPU. `quantization` is "cpm-int4" or "cpm-int8" (the
-    authors' format, packed while reading) or bitsandbytes' "nf4", "fp4", "int8"; `double_quantization` is for its 4-bit
-    kinds. `revision` is a hub commit. `num_labels` sizes the head of "sequence_classification" (1 for a reward model).
+    authors' format, packed while reading), bitsandbytes' "nf4", "fp4", "int8", or "none"; None means as an adapter was
+    trained, else none. `double_quantization` is for the 4-bit kinds of bitsandbytes. With `dequantize` rounded weights
+    are then held in `dtype`, so that adapters can be merged into them.
+
+    `revision` is a hub commit. `num_labels` sizes the head of "sequence_classification" (1 for a reward model).
     `rope` tells what `rope_ratio` means in long-context variants, see `glm.models.chatglm2.glm_config`.
 
     Raises InputError, one line naming the file or argument, before weights are read: a missing folder, config or
     shard, a truncated file, a `.bin` with other objects than tensors, a config of no known model, a vocabulary that
     does not fit the config, an unknown quantisation.
     """
+    if Path(path_or_hub_id, lineage.FILE_NAME).exists():
+        _, below = lineage.read_lineage(path_or_hub_id)
+        if below is not None:
+            adapters = (*below.adapters, path_or_hub_id, *adapters)
+            path_or_hub_id, revision = below.base, below.revision
+            dtype = dtype or below.dtype
+            if quantization is None:
+                quantization, double_quantization = below.quantization, below.double_quantization
+    path_or_hub_id, revision = lineage.source_of(str(path_or_hub_id), revision)
+    quantization = None if quantization == "none" else quantization
     check_quantization(quantization)
     if task not in ("causal_lm", "sequence_classification"):
         raise InputError(f"task: {task!r} is unknown; choose causal_lm or sequence_classification")
@@ -124,7 +139,15 @@ def load_model(
     if any(".prefix_encoder." in name for name in checkpoint.tensors):
         prefix.attach_prefix(model, prefix.read_prefix(model, folder))
     checkpoint.close()
-    return _apply_adapters(model, adapter_folders)
+    if (folder / prefix.BESIDE).exists():
+        prefix.attach_prefix(model, prefix.read_prefix(model, folder / prefix.BESIDE))
+    if dequantize and getattr(model, "is_quantized", False):
+        model = model.dequantize(methods.loaded_dtype(model))
+    for adapter in adapter_folders:
+        model = methods.apply(model, adapter)
+    if not getattr(model, "is_quantized", False):
+        model.requires_grad_(True)  # merging has frozen it
+    return model.eval()
 
 
 def recognise(config: dict[str, Any], path: Path, task: Task = "causal_lm") -> Generation:
@@ -276,35 +299,9 @@ def _adapter_path(adapter: str | Path) -> Path:
     if path.is_file():
         return path
     folder = local_folder(str(adapter))
-    if not (_is_lora(folder) or _is_prefix(folder)):
-        raise InputError(f"{folder}: no adapter; looked for adapter_config.json (PEFT) and a prefix encoder's weights")
+    if methods.method_of(folder) == "full":
+        raise InputError(
+            f"{folder}: no adapter; looked for adapter_config.json (LoRA), {methods.WEIGHTS_NAME} (freeze) and a "
+            "prefix encoder's weights, found a whole model: give it as the model itself"
+        )
     return folder
-
-
-def _is_lora(path: Path) -> bool:
-    return (path / "adapter_config.json").exists()
-
-
-def _is_prefix(path: Path) -> bool:
-    """Whether it is a file, a folder of this project's, or a checkpoint of the authors' ptuning code."""
-    if path.is_file() or (path / prefix.WEIGHTS_NAME).exists():
-        return True
-    has_weights = any((path / name).exists() for name in WEIGHT_FILES)
-    return has_weights and any(".prefix_encoder." in name for name in Checkpoint(path).tensors)
-
-
-def _apply_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrainedModel:
-    beside: list[str] = []
-    for number, path in enumerate(adapters):
-        if not _is_lora(path):
-            prefix.attach_prefix(model, prefix.read_prefix(model, path))
-        elif getattr(model, "is_quantized", False):
-            beside.append(f"adapter_{number}")
-            model.load_adapter(str(path), adapter_name=beside[-1])
-            model.set_adapter(beside)
-        else:
-            from peft import PeftModel  # takes seconds to import
-
-            model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-            model.requires_grad_(True)
-    return model.eval()

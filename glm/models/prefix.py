@@ -22,10 +22,11 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from glm.errors import InputError
 from glm.files import write_json
 from glm.models.chatglm1 import ChatGLMModel, eager_attention_forward
-from glm.models.checkpoint import Checkpoint
+from glm.models.checkpoint import WEIGHT_FILES, Checkpoint
 
 CONFIG_NAME = "prefix_config.json"
 WEIGHTS_NAME = "prefix_encoder.safetensors"
+BESIDE = "prefix"  # folder of an exported model that holds the prefix which belongs to it
 
 
 class PrefixEncoder(nn.Module):
@@ -116,6 +117,8 @@ AttentionMaskInterface.register("eager_prefix", eager_mask)
 
 
 def _pass_prefix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if module.prefix_encoder is None:
+        return args, kwargs
     kwargs["prefix"] = module.prefix_encoder
     mask = kwargs.get("attention_mask")
     if isinstance(module, ChatGLMModel) or kwargs.get("position_ids") is not None or mask is None or mask.dim() != 2:
@@ -132,17 +135,45 @@ def attach_prefix(model: PreTrainedModel, encoder: PrefixEncoder) -> None:
 
     Raises InputError if it has one already, or its attention is neither sdpa nor eager.
     """
-    base = model.base_model
     implementation = model.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise InputError(f"attn_implementation: {implementation!r} takes no prefix (or another one); use sdpa or eager")
-    base.prefix_encoder = encoder.to(model.device).train(model.training)
-    base.register_forward_pre_hook(_pass_prefix, with_kwargs=True)
-    model.set_attn_implementation(f"{implementation}_prefix")
+    use_prefix(model, encoder.to(model.device).train(model.training))
+
+
+def use_prefix(model: PreTrainedModel, encoder: PrefixEncoder | None) -> None:
+    """Put `encoder` in the place of the prefix that `model` has or has not; None takes it away."""
+    base = model.base_model
+    if not hasattr(base, "prefix_encoder"):
+        base.register_forward_pre_hook(_pass_prefix, with_kwargs=True)
+    base.prefix_encoder = encoder
+    implementation = model.config._attn_implementation.removesuffix("_prefix")
+    model.set_attn_implementation(implementation if encoder is None else f"{implementation}_prefix")
+
+
+def prefix_of(model: PreTrainedModel) -> PrefixEncoder | None:
+    """The prefix of `model`."""
+    return getattr(model.base_model, "prefix_encoder", None)
+
+
+def is_prefix(path: Path) -> bool:
+    """Whether it is a file, a folder of this project's, or a checkpoint of the authors' ptuning code."""
+    if path.is_file() or (path / WEIGHTS_NAME).exists():
+        return True
+    has_weights = any((path / name).exists() for name in WEIGHT_FILES)
+    return has_weights and any(".prefix_encoder." in name for name in Checkpoint(path).tensors)
 
 
 def new_prefix(model: PreTrainedModel, num_virtual_tokens: int = 128, projection: bool = False) -> PrefixEncoder:
-    """Attach a fresh float32 prefix to `model` and make it the only thing that is trained.
+    """Attach a fresh float32 prefix to `model` and make it the only thing that is trained."""
+    encoder = build_prefix(model, num_virtual_tokens, projection)
+    attach_prefix(model, encoder)
+    model.requires_grad_(False)
+    return encoder.requires_grad_(True)
+
+
+def build_prefix(model: PreTrainedModel, num_virtual_tokens: int, projection: bool) -> PrefixEncoder:
+    """A fresh float32 prefix for `model`, not attached to it.
 
     The sizes of the projection are the authors': ChatGLM-6B widens from hidden_size, the later ones from the width of
     all layers' keys and values; both through hidden_size.
@@ -150,17 +181,13 @@ def new_prefix(model: PreTrainedModel, num_virtual_tokens: int = 128, projection
     num_layers, num_heads, head_dim = _cache_sizes(model.config)
     hidden_size, width = model.config.hidden_size, num_layers * 2 * num_heads * head_dim
     embedding_size = hidden_size if isinstance(model.base_model, ChatGLMModel) else width
-    encoder = PrefixEncoder(
+    return PrefixEncoder(
         num_virtual_tokens,
         num_layers,
         num_heads,
         head_dim,
         projection=(embedding_size, hidden_size) if projection else None,
     )
-    attach_prefix(model, encoder)
-    model.requires_grad_(False)
-    encoder.requires_grad_(True)
-    return encoder
 
 
 def read_prefix(model: PreTrainedModel, path: Path) -> PrefixEncoder:

@@ -111,7 +111,7 @@ class PackedLinear(nn.Linear):
     """A linear whose weight is kept packed. It is an nn.Linear so that PEFT puts LoRA on it as on any other.
 
     `weight` int8 [out, in] or [out, in / 2], `weight_scale` [out]; neither is trained. PEFT's merging would have to
-    write into the packed weight and fails, so adapters stay beside it.
+    write into the packed weight and fails: adapters stay beside it, or `load_model(dequantize=True)` unpacks it first.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int) -> None:
@@ -150,6 +150,16 @@ class CpmQuantizer(HfQuantizer):
             if isinstance(module, nn.Linear) and _BLOCK_LINEAR.search(f".{name}.weight"):
                 packed = PackedLinear(module.in_features, module.out_features, module.bias is not None, bits)
                 model.set_submodule(name, packed.to("meta"))
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                has_bias, device = module.bias is not None, module.weight.device
+                linear = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
+                whole = unpack(module.weight, module.weight_scale, module.bits, dtype or module.weight_scale.dtype)
+                linear.weight, linear.bias = nn.Parameter(whole.to(device)), module.bias
+                model.set_submodule(name, linear)
         return model
 
     def is_serializable(self) -> bool:

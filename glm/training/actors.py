@@ -1,33 +1,49 @@
-"""The four actors of PPO on one frozen base, told apart by the LoRA adapter that is switched on.
+"""The four actors of PPO on one base in memory, told apart by what is swapped in (`glm.models.variants`).
 
-    policy      adapter "policy", the only one that is trained; starts as a copy of the SFT adapter
+    policy      the only one that is trained; starts as a copy of SFT's adapter, or fresh on top of it
     value       a linear head on the policy's last hidden states, starts at zero
-    reference   adapter "reference", the SFT adapter, frozen: the KL penalty is taken to it
-    reward      adapter "reward" and its head, frozen
+    reference   the SFT model, frozen: the KL penalty is taken to it
+    reward      the reward model and its head, frozen
 
-"base" stands for no adapter at all. The reward may come from outside instead (`glm.training.external_reward`).
+"base" stands for the base as it is. A second reward model, the judge, may be added; and the reward may come from
+outside (`glm.training.external_reward`).
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from glm.config import Method, Sft
 from glm.data.collate import pad, pad_ids
 from glm.generation import decode_step
 from glm.generation.decode import generate
 from glm.generation.rollout import Decoder, Samples
-from glm.models.adapters import last_hidden, load_more_lora, load_score
+from glm.models import lineage, methods
+from glm.models.adapters import causal_lm, half_precision, last_hidden, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
+from glm.models.variants import Variants
 
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewPolicy:
+    """A policy that is to be trained: by `method`, on the artifacts `below`, fresh in `shape` or as a copy."""
+
+    method: Method
+    shape: Sft
+    below: tuple[str, ...] = ()
+    copy_of: Path | None = None
 
 
 class Sampling(Protocol):
@@ -88,64 +104,76 @@ def pack(prompts: list[list[int]], answers: list[list[int]], pad_id: int, device
 
 
 class Actors(nn.Module):
-    """The base with the adapters policy, reference and reward, and the heads for value and reward."""
+    """The base with its variants policy, reference and reward, and the heads for value and reward."""
 
     def __init__(
         self,
         base: PreTrainedModel,
         *,
-        policy: Path,
+        policy: Path | NewPolicy,
         reference: Path,
         reward: Path,
+        beneath: Sequence[str | Path] = (),
         scorer: Callable[[Batch], Tensor] | None = None,
+        judge: Path | None = None,
     ) -> None:
-        """Load three saved adapters onto `base`; `policy` and `reference` are the same folder when training starts.
+        """Put saved artifacts on `base`, which itself stands on those in `beneath`.
 
-        A `scorer` gives rewards [n] in place of the adapter `reward`.
+        A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation. A `scorer`
+        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`.
         """
         super().__init__()
-        self.model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
-        load_more_lora(self.model, reference, "reference")
-        load_more_lora(self.model, reward, "reward")
-        self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
+        self.variants = Variants(base, beneath)
+        self.variants.add("reference", reference)
+        self.variants.add("reward", reward)
         self.judge_head: nn.Linear | None = None
+        if judge is not None:
+            self.variants.add("judge", judge)
+            self.judge_head = load_score(judge).requires_grad_(False).to(base.device)
         self.scorer = scorer
+        if isinstance(policy, NewPolicy):
+            self.variants.add_trained("policy", policy.method, policy.shape, below=policy.below, copy_of=policy.copy_of)
+        elif methods.method_of(policy) == "lora" and not (policy / lineage.FILE_NAME).exists():
+            self.variants.add_trained("policy", "lora", Sft(), below=(), copy_of=policy)
+        else:
+            self.variants.add("policy", policy)
+        self.reward_head = load_score(reward).requires_grad_(False).to(base.device)
         self.value_head = nn.Linear(base.config.hidden_size, 1, bias=False).to(base.device)
         nn.init.zeros_(self.value_head.weight)
-        self.active = ""
-        self.use("policy")
-        # By name and not by requires_grad: every switch of adapters changes the latter.
-        self.policy = {name: p for name, p in self.model.named_parameters() if self.is_policy(name)}
+        self.model = self.variants.model  # its parameters are those of the variant in use
+        self.policy = self.variants.trained
         self.trained = [*self.policy.values(), self.value_head.weight]
+        self.use("policy")
         self.eval()  # no dropout anywhere, so that the ratio of a fresh rollout is 1
-        self.decoder = Decoder(self.model) if decode_step.supports(base) else None
+        self.decoder = self._decoder(base)
         if base.device.type == "cuda" and self.decoder is not None:
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
             for layer in base.base_model.layers:
                 layer.compile()  # fuses norms, rotation and activation; one compilation serves all layers
 
-    def add_judge(self, folder: Path) -> None:
-        """Load a second reward model, for `judge_score`."""
-        load_more_lora(self.model, folder, "judge")
-        self.judge_head = load_score(folder).requires_grad_(False).to(self.model.device)
-
     def use(self, adapter: str) -> None:
-        """Make one adapter the active one, or none ("base"); only the policy's parameters ever require a gradient."""
-        if adapter == self.active:
-            return  # a switch walks through all modules
-        self.active = adapter
-        if adapter == "base":
-            self.model.base_model.disable_adapter_layers()
-        else:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.is_policy(name) and adapter == "policy")
+        """Put one of policy, reference, reward and base in place; only the policy's parameters require a gradient."""
+        self.variants.use(adapter)
 
-    @staticmethod
-    def is_policy(name: str) -> bool:
-        """Whether a parameter of this name is one of the policy adapter's."""
-        return ".policy." in name
+    def finish(self) -> None:
+        """After the training: the policy is in place, in the model's own dtype."""
+        self.use("policy")
+        self.variants.finish()
+
+    def _decoder(self, base: PreTrainedModel) -> Decoder | None:
+        """The fused decoder, if it can take the policy apart."""
+        if len(self.variants.variants["policy"].loras) < 2 and decode_step.supports(base):
+            return Decoder(self.model)
+        logger.info("ppo: the policy's answers come from transformers' generate: the fused decoder does not take it")
+        return None
+
+    def _fused(self, adapter: str) -> bool:
+        """Whether the decoder, which was made with the policy in place, is right for `adapter` too."""
+        policy, wanted = self.variants.variants["policy"], self.variants.variants[adapter]
+        same = wanted.weights.keys() == policy.weights.keys() and all(
+            wanted.weights[name] is policy.weights[name] for name in policy.weights
+        )
+        return same and wanted.prefix is policy.prefix and len(wanted.loras) < 2
 
     def sample(
         self,
@@ -156,7 +184,7 @@ class Actors(nn.Module):
     ) -> Samples:
         """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
         self.use(adapter)
-        if self.decoder is not None:
+        if self.decoder is not None and self._fused(adapter):
             samples = self.decoder.sample(
                 prompts,
                 tokenizer,
@@ -191,12 +219,12 @@ class Actors(nn.Module):
 
     @torch.no_grad()
     def judge_score(self, batch: Batch) -> Tensor:
-        """What the second reward model, added by `add_judge`, thinks of each prompt + answer [n]."""
+        """What the judge thinks of each prompt + answer [n]."""
         assert self.judge_head is not None
         return self._score(batch, "judge", self.judge_head)
 
-    def _score(self, batch: Batch, adapter: str, head: nn.Linear) -> Tensor:
-        self.use(adapter)
+    def _score(self, batch: Batch, variant: str, head: nn.Linear) -> Tensor:
+        self.use(variant)
         last = []
         for part in batch.parts():
             ends = part.attention_mask.sum(-1) - 1
@@ -216,16 +244,17 @@ class Actors(nn.Module):
         hidden = self._hidden(batch)
         states = hidden.gather(1, batch.where[..., None].expand(-1, -1, hidden.shape[-1]))  # these predict answers
         head = self.model.get_output_embeddings()
-        chosen, entropy = token_logprobs(
-            states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
-        )
+        with half_precision(self.model):
+            chosen, entropy = token_logprobs(
+                states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
+            )
         values = self.value_head(states.float()).squeeze(-1)
         return chosen.view_as(values) * batch.mask, values * batch.mask, entropy.view_as(values) * batch.mask
 
     def _hidden(self, batch: Batch) -> Tensor:
         # A causal model never looks at padding on the right, and without a mask attention takes its fastest kernel.
         # ChatGLM-6B is not causal within the prompt.
-        prefix_lm = isinstance(self.model.get_base_model(), ChatGLMForCausalLM)
+        prefix_lm = isinstance(causal_lm(self.model), ChatGLMForCausalLM)
         return last_hidden(self.model, batch.input_ids, batch.attention_mask if prefix_lm else None)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glm.config import Offline
-from glm.models.adapters import last_hidden
+from glm.models.adapters import causal_lm, half_precision, last_hidden
 from glm.models.packed_attention import attention_of, why_not_packed
 from glm.training.actors import Actors, pack, token_logprobs
 from glm.training.packing import Packing, pack_step, packed_row
@@ -17,7 +17,7 @@ Ranking = dict[str, Any]  # `sequences`, best answer first, and the `starts` of 
 
 def packing_of(actors: Actors, params: Offline) -> Packing | None:
     """How rows are packed; None where the parameters or the model's attention do not let them be."""
-    if not params.packing or why_not_packed(actors.model.get_base_model()):
+    if not params.packing or why_not_packed(causal_lm(actors.model)):
         return None
     return Packing(params.tokens_per_forward, multiple=1, max_sequences=0, max_length=0)
 
@@ -43,13 +43,14 @@ def answer_logprobs(
     inputs = packed_row(sequences, Packing(packing.tokens_per_row, 1, len(sequences), max(map(len, sequences))), pad_id)
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     actors.use(adapter)
-    with attention_of(actors.model.get_base_model(), packed=True):
+    with attention_of(causal_lm(actors.model), packed=True):
         hidden = last_hidden(actors.model, **inputs)[0]
     ends = torch.tensor([*map(len, sequences)]).cumsum(0).tolist()
     spans = zip(ends, lengths.tolist(), strict=True)
     positions = torch.cat([torch.arange(end - length, end) for end, length in spans]).to(device)
     head = actors.model.get_output_embeddings()
-    logprobs, _ = token_logprobs(hidden[positions - 1], head, inputs["input_ids"][0, positions], 1.0)
+    with half_precision(actors.model):
+        logprobs, _ = token_logprobs(hidden[positions - 1], head, inputs["input_ids"][0, positions], 1.0)
     owner = torch.arange(len(sequences), device=device).repeat_interleave(lengths)
     return torch.zeros(len(sequences), device=device).index_add(0, owner, logprobs), lengths
 

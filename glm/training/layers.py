@@ -53,23 +53,31 @@ def quantized(model: nn.Module) -> bool:
 
 
 def choose_checkpointing(
-    model: PreTrainedModel, tokens: int, trained: int, *, compiled: bool, free: int
+    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int
 ) -> Checkpointing:
     """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
 
-    `trained` parameters take a gradient and two moments in float32. Where even "full" does not fit, it is tried.
-    "selective" is not for compiled bitsandbytes layers, see `layers_run`.
+    `state` are the bytes of `optimizer_bytes`. Where even "full" does not fit, it is tried. "selective" is not for
+    compiled bitsandbytes layers, see `layers_run`.
     """
     for mode in MODES:
         if mode == "selective" and compiled and quantized(model):
             continue
-        if memory_estimate(model, tokens, trained, mode, compiled=compiled) <= free:
+        if memory_estimate(model, tokens, state, mode, compiled=compiled) <= free:
             return mode
     return "full"
 
 
-def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Checkpointing, *, compiled: bool) -> int:
-    """Bytes that a training step takes on top of the weights: activations, one layer's backward, loss, optimizer.
+def optimizer_bytes(model: nn.Module, optim: str) -> int:
+    """Bytes of the gradients, in float32, and the moments of all parameters that are trained."""
+    each = {"adamw_torch_fused": 4 + 8, "adamw_8bit": 4 + 2, "adafactor": 4}[optim]
+    return each * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool) -> int:
+    """Bytes that a training step takes on top of the weights: activations, one layer's backward, loss, `state`.
+
+    Layers below the first one that is trained keep nothing, unless the embedding is trained.
 
     Without compiling, elementwise steps keep their inputs too, several of them in float32: about 2.5 times as much.
     """
@@ -89,8 +97,17 @@ def memory_estimate(model: PreTrainedModel, tokens: int, trained: int, mode: Che
     size = 4 if model.dtype == torch.float32 else 2
     eager = 1.0 if compiled else 2.5
     again = 0 if mode == "none" else whole
-    activations = tokens * size * eager * (len(layers) * kept + again + whole)
-    return int(activations + CHUNK_LOGITS * 16 + trained * 12)
+    activations = tokens * size * eager * (trained_depth(model, layers) * kept + again + whole)
+    return int(activations + CHUNK_LOGITS * 16 + state)
+
+
+def trained_depth(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Number of layers that the gradient passes through."""
+    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    within = sum(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    if within < sum(parameter.requires_grad for parameter in model.parameters()) or not any(trained):
+        return len(layers)  # an embedding, or a prefix
+    return len(layers) - trained.index(True)
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

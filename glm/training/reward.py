@@ -1,34 +1,35 @@
-"""Reward model: a LoRA and a scalar head that give the better answer the higher score.
+"""Reward model: a tuned model and a scalar head that give the better answer the higher score.
 
 The score of a sequence is the head's value at its last token, the answer's end. The loss is in
 `glm.training.ranking_loss`. The prompt of a ranking is computed once for each of its answers.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.config import Reward, Sft
 from glm.data.collate import pad_ids
-from glm.models.adapters import add_lora, last_hidden, load_lora, load_score, save_lora, save_score, trainable_count
-from glm.models.packed_attention import attention_of
-from glm.training.layers import layers_run
+from glm.models import methods
+from glm.models.adapters import last_hidden, load_lora, load_score, trainable_count
+from glm.models.methods import Tunable
+from glm.training.checkpoint import Checkpoints
+from glm.training.guards import say_what_comes
 from glm.training.packing import Packing, packed_row, step_rows
+from glm.training.plan import plan
 from glm.training.ranking_loss import ranking_loss
-from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
+from glm.training.trainer import Log, Progress, require_rows, trainer_for
 
 
 class RewardModel(nn.Module):
-    """A causal LM's backbone under an adapter, and a head Linear(hidden → 1) in float32."""
+    """A causal LM's tuned backbone, and a head Linear(hidden → 1) in float32."""
 
-    def __init__(self, backbone: PeftModel, score: nn.Linear) -> None:
+    def __init__(self, backbone: Tunable, score: nn.Linear) -> None:
         super().__init__()
         self.backbone = backbone
         self.score = score.to(backbone.device)
@@ -96,49 +97,42 @@ def train(
     dev_set: Sequence[dict[str, Any]],
     params: Reward,
     *,
-    lora: Sft,
-    sft_adapter: Path | None,
+    shape: Sft,
     seed: int,
     log: Log,
     log_speed: Log,
     progress: Progress,
+    start: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
-    """Train on examples of `sequences` (token ids of prompt + answer, best answer first).
+    """Train by `params.method` on examples of `sequences` (token ids of prompt + answer, best answer first).
 
-    The LoRA starts as a copy of `sft_adapter`, or fresh with the shape of `lora` where that is None; the head starts at
-    zero, so that the first scores are all 0 and the first loss is log 2. Returns the model and `accuracy`, `margin`,
-    `eval_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`.
+    What is trained starts as a copy of the folder `start`, or fresh in the given `shape` where that is None; the head
+    starts at zero, so that the first scores are all 0 and the first loss is log 2. Returns the model and `accuracy`,
+    `margin`, `eval_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`. With
+    `checkpoints` a killed run goes on, see `StepTrainer`.
 
     Raises:
-        InputError: no training rows, or a LoRA target that the model does not have.
-        FloatingPointError: the loss became NaN or infinite.
+        InputError: no training rows, or something is to be trained that the model does not have.
+        FloatingPointError: the loss became NaN, infinite or zero.
     """
     require_rows(train_set, "reward")
-    backbone = load_lora(model, sft_adapter, trainable=True) if sft_adapter else add_lora(model, lora)
+    backbone = methods.start(model, params.method, shape, start)
     score = nn.Linear(model.config.hidden_size, 1, bias=False)
     nn.init.zeros_(score.weight)
     reward_model = RewardModel(backbone, score)
     trained, total = trainable_count(reward_model)
     steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        attention_of(model, packed=steps.packing is not None),
-        layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
-    ):
-        trainer = StepTrainer(
-            model=RewardLoss(reward_model, params),
-            args=training_arguments(params, steps, scratch, seed, has_dev=bool(dev_set)),
-            train_dataset=steps.train_set,
-            eval_dataset=dev_set or None,
-            eval_batch_size=params.per_device_eval_batch_size,
-            data_collator=RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size),
-            callbacks=[TrainerLog(log, progress)],
-            log_speed=log_speed,
-        )
-        result = trainer.train()
+    say_what_comes(backbone, params.method, params, steps, stage="reward")
+    loss = RewardLoss(reward_model, params)
+    collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
+    options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
+    with trainer_for(loss, backbone, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+        trainer.run()
+    methods.finish(backbone, params.method)
     numbers = {
-        "train_loss": result.training_loss,
-        "steps": result.global_step,
+        "train_loss": trainer.train_loss,
+        "steps": trainer.state.global_step,
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / total,
     }
@@ -193,15 +187,12 @@ def scores_of(model: RewardModel, sequences: list[list[int]], pad_id: int, batch
     return scores
 
 
-def save(model: RewardModel, folder: Path, base: str) -> None:
-    """Write adapter and head into the existing `folder`, loadable by PEFT as a sequence classifier."""
-    save_lora(model.backbone, folder, base)
-    save_score(folder, model.score)
-
-
 def load(model: PreTrainedModel, folder: Path) -> RewardModel:
-    """The reward model of `folder` on a fresh base `model`, for scoring."""
-    return RewardModel(load_lora(model, folder), load_score(folder)).eval()
+    """The reward model of `folder`, for scoring, on `model`: what it stands on, or itself where it is a whole model."""
+    method = methods.method_of(folder)
+    if method == "lora":
+        return RewardModel(load_lora(model, folder), load_score(folder)).eval()
+    return RewardModel(model if method == "full" else methods.apply(model, folder), load_score(folder)).eval()
 
 
 def _margins(ranking: Tensor) -> Tensor:

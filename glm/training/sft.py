@@ -1,14 +1,11 @@
-"""Supervised fine-tuning: next-token loss on the answers of a dialogue.
+"""Supervised fine-tuning: next-token loss on the answers of a dialogue."""
 
-Left out here: checkpoints and resume, methods other than LoRA.
-"""
-
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,12 +13,15 @@ from glm.config import Sft
 from glm.data.collate import pad, pad_ids
 from glm.data.encode import IGNORED
 from glm.errors import InputError
-from glm.models.adapters import add_lora, last_hidden, trainable_count
-from glm.models.packed_attention import attention_of
-from glm.training.layers import layers_run
+from glm.models import methods
+from glm.models.adapters import causal_lm, half_precision, last_hidden, trainable_count
+from glm.models.methods import Tunable
+from glm.training.checkpoint import Checkpoints
+from glm.training.guards import say_what_comes
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, packed_row, step_rows
-from glm.training.trainer import Log, Progress, StepTrainer, TrainerLog, plan, require_rows, training_arguments
+from glm.training.plan import plan
+from glm.training.trainer import Log, Progress, require_rows, trainer_for
 
 
 class SftLoss(nn.Module):
@@ -30,16 +30,46 @@ class SftLoss(nn.Module):
     Raises InputError for the models whose logits are not simply their head's output.
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
+    def __init__(self, model: Tunable, neftune_noise_alpha: float | None = None) -> None:
         super().__init__()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1.0):
                 raise InputError(f"{name} {getattr(model.config, name)} in the model's config.json is not supported")
         self.model = model
+        self.neftune_noise_alpha = neftune_noise_alpha
 
     def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        hidden = last_hidden(self.model, **inputs).flatten(0, 1)[positions]
-        return cross_entropy_sum(hidden, self.model.get_output_embeddings(), targets, self.model.config.vocab_size)
+        alpha = self.neftune_noise_alpha if self.training else None
+        with noisy_embeddings(causal_lm(self.model), alpha, inputs):
+            hidden = last_hidden(self.model, **inputs).flatten(0, 1)[positions]
+        with half_precision(self.model):
+            return cross_entropy_sum(hidden, self.model.get_output_embeddings(), targets, self.model.config.vocab_size)
+
+
+@contextmanager
+def noisy_embeddings(model: PreTrainedModel, alpha: float | None, inputs: dict[str, Any]) -> Iterator[None]:
+    """Inside, embeddings are uniformly noisy: ± alpha / sqrt(length * width) (NEFTune, Jain et al. 2023).
+
+    The length is that of a token's own sequence, also in packed rows and beside padding.
+    """
+    if alpha is None:
+        yield
+        return
+    if "cu_seq_lens_q" in inputs:
+        lengths = inputs["cu_seq_lens_q"].diff()
+        of_token = lengths.repeat_interleave(lengths)[None]
+    else:
+        of_token = inputs["attention_mask"].sum(-1, keepdim=True)
+
+    def add_noise(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        size = alpha / (of_token * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[..., None].to(embedded.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class SftCollator:
@@ -84,52 +114,46 @@ def train(
     log: Log,
     log_speed: Log,
     progress: Progress,
-) -> tuple[PeftModel, dict[str, float]]:
-    """Train a fresh LoRA on examples of `input_ids` and `labels`, and return it with the run's numbers.
+    start: Path | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[Tunable, dict[str, float]]:
+    """Train `model` by `params.method` on examples of `input_ids` and `labels`; returns it with the run's numbers.
 
-    The numbers: `train_loss` (mean over all steps), `eval_loss_before` and `eval_loss` (nats a label token on
-    `dev_set`, before the first and after the last step), `steps`, `trainable_parameters`, `trainable_percent`.
+    What is trained starts fresh, or as a copy of the folder `start`. The numbers: `train_loss` (mean over all steps),
+    `eval_loss_before` and `eval_loss` (nats a label token on `dev_set`, before the first and after the last step),
+    `steps`, `trainable_parameters`, `trainable_percent`. With `checkpoints` a killed run goes on, see `StepTrainer`.
 
     Raises:
-        InputError: no training rows, or a LoRA target that the model does not have.
-        FloatingPointError: the loss became NaN or infinite.
+        InputError: no training rows, or something is to be trained that the model does not have.
+        FloatingPointError: the loss became NaN, infinite or zero.
     """
     require_rows(train_set, "SFT")
-    adapted = add_lora(model, params)
-    trained, total = trainable_count(adapted)
-    steps = plan(adapted, train_set, lambda example: [example["input_ids"]], params, stage="sft", seed=seed)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        attention_of(model, packed=steps.packing is not None),
-        layers_run(model, compiled=steps.compiled, checkpointing=steps.checkpointing),
-    ):
-        trainer = StepTrainer(
-            model=SftLoss(adapted),
-            args=training_arguments(params, steps, scratch, seed, has_dev=bool(dev_set)),
-            train_dataset=steps.train_set,
-            eval_dataset=dev_set or None,
-            eval_batch_size=params.per_device_eval_batch_size,
-            data_collator=SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size),
-            callbacks=[TrainerLog(log, progress)],
-            log_speed=log_speed,
-        )
-        before = trainer.evaluate()["eval_loss"] if dev_set else None
-        result = trainer.train()
+    tuned = methods.start(model, params.method, params, start)
+    trained, total = trainable_count(tuned)
+    steps = plan(tuned, train_set, lambda example: [example["input_ids"]], params, stage="sft", seed=seed)
+    say_what_comes(tuned, params.method, params, steps, stage="sft")
+    loss = SftLoss(tuned, params.neftune_noise_alpha)
+    collator = SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
+    options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
+    with trainer_for(loss, tuned, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+        trainer.run()
         after = trainer.evaluate()["eval_loss"] if dev_set else None
+    methods.finish(tuned, params.method)
     numbers = {
-        "train_loss": result.training_loss,
-        "steps": result.global_step,
+        "train_loss": trainer.train_loss,
+        "steps": trainer.state.global_step,
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / total,
     }
-    if before is not None and after is not None:
+    if after is not None:
+        before = next(values["eval_loss"] for _, values in trainer.curves if "eval_loss" in values)
         numbers |= {"eval_loss_before": before, "eval_loss": after}
-    return adapted, numbers
+    return tuned, numbers
 
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel | PeftModel,
+    model: Tunable,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[dict[str, Any]],
     batch_size: int,

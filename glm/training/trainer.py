@@ -4,94 +4,72 @@ The Trainer stays, for its optimizer, schedule, logging and the launchers that i
 a 6B model. What is ours: one batch of its loader is one optimizer step, which the collator cuts into micro-batches.
 """
 
-import logging
+import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import nn
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from glm.config import Training
 from glm.errors import InputError
-from glm.models.adapters import trainable_count
-from glm.models.packed_attention import why_not_packed
-from glm.training.layers import Checkpointing, choose_checkpointing
-from glm.training.packing import Packing, pack_dataset
+from glm.models.adapters import causal_lm
+from glm.models.methods import Tunable, trained_parameters
+from glm.models.packed_attention import attention_of
+from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.guards import LossWatch, check_gradients, flops_per_token, peak_flops, try_largest
+from glm.training.layers import layers_run
+from glm.training.plan import Plan
 
 Log = Callable[[int, dict[str, float]], None]  # (optimizer step, values)
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
-Example = dict[str, Any]
-Sequences = Callable[[Example], list[list[int]]]  # the token sequences of an example: one for SFT, all of a ranking
 
-ROW_MULTIPLE = 256  # compiled rows come in multiples of so many tokens
-COMPILE_TOKENS = 2_000_000  # trained tokens from which half a minute of compiling pays on a 6B model
-USABLE_MEMORY = 0.92  # of what is free: fragments, and what the libraries take for themselves
-
-logger = logging.getLogger(__name__)
+GRADIENT_STEPS = 3  # within so many steps something of the adapter must have had a gradient
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How steps are computed, decided once per run. It changes speed and memory, not results.
-
-    `train_set` holds examples, or with `tokens_per_step` rows of examples; `step_size` of them are an optimizer step.
-    """
-
-    train_set: Sequence[Any]
-    step_size: int
-    packing: Packing | None
-    compiled: bool
-    checkpointing: Checkpointing
-
-
-def plan(
-    model: PeftModel, examples: Sequence[Example], sequences: Sequences, params: Training, *, stage: str, seed: int
-) -> Plan:
-    """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice."""
-    base = model.get_base_model()
-    on_gpu = base.device.type == "cuda"
-    lengths = [len(sequence) for example in examples for sequence in sequences(example)]
-    step_size = params.per_device_train_batch_size * params.gradient_accumulation_steps
-    run_tokens = sum(lengths) * params.num_train_epochs
-    if params.max_steps > 0:
-        run_tokens = params.max_steps * (params.tokens_per_step or step_size * sum(lengths) / len(examples))
-
-    obstacle = "packing: false" if not params.packing else why_not_packed(base)
-    if obstacle and params.tokens_per_step:
-        raise InputError(f"{stage}.tokens_per_step {params.tokens_per_step} needs packed rows: {obstacle}")
-    compiled = params.torch_compile
-    if compiled == "auto":
-        compiled = on_gpu and obstacle is None and run_tokens >= COMPILE_TOKENS
-
-    train_set: Sequence[Any] = examples
-    packing = None
-    if obstacle is None:
-        row = min(params.tokens_per_forward, params.tokens_per_step or params.tokens_per_forward)
-        per_step = step_size * max(len(sequences(example)) for example in examples)
-        most = min(per_step, row // min(lengths))
-        if params.tokens_per_step:
-            train_set = pack_dataset(list(examples), lambda example: sum(map(len, sequences(example))), row, seed)
-            step_size = params.tokens_per_step // row
-            most = max(sum(len(sequences(example)) for example in filled) for filled in train_set)
-        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
-        tokens = max(row, max(lengths))
-    else:
-        tokens = params.per_device_train_batch_size * max(lengths)
-
-    checkpointing = params.activation_checkpointing
-    if checkpointing == "auto":
-        trained, _ = trainable_count(model)
-        checkpointing = (
-            choose_checkpointing(base, tokens, trained, compiled=compiled, free=_free_memory()) if on_gpu else "none"
+@contextmanager
+def trainer_for(
+    loss: nn.Module,
+    model: Tunable,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    dev_set: Sequence[Any],
+    params: Training,
+    plan: Plan,
+    *,
+    seed: int,
+    log: Log,
+    log_speed: Log,
+    progress: Progress,
+    checkpoints: Checkpoints | None,
+) -> "Iterator[StepTrainer]":
+    """A `StepTrainer` of `loss`, which computes `model`; inside, the model's layers and attention are as planned."""
+    causal = causal_lm(model)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        attention_of(causal, packed=plan.packing is not None),
+        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
+    ):
+        yield StepTrainer(
+            model=loss,
+            args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set)),
+            train_dataset=plan.train_set,
+            eval_dataset=dev_set or None,
+            data_collator=collator,
+            eval_batch_size=params.per_device_eval_batch_size,
+            log=log,
+            log_speed=log_speed,
+            progress=progress,
+            checkpoints=checkpoints,
+            flops=flops_per_token(causal),
+            loraplus_lr_ratio=params.loraplus_lr_ratio,
         )
-    found = Plan(train_set, step_size, packing, compiled, checkpointing)
-    logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
-    return found
 
 
 def training_arguments(params: Training, plan: Plan, output_dir: str | Path, seed: int, *, has_dev: bool) -> Any:
@@ -109,14 +87,15 @@ def training_arguments(params: Training, plan: Plan, output_dir: str | Path, see
         warmup_steps=params.warmup_steps,
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=params.optim,
         logging_steps=params.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         eval_strategy="steps" if has_dev else "no",
         eval_steps=params.eval_steps,
         eval_on_start=has_dev,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=params.save_steps,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},  # else the copy of a batch waits for the step before
@@ -132,20 +111,73 @@ class StepTrainer(Trainer):
 
     The collator gives for a step's examples {"micro_batches": [inputs of the model, …], "items": what the sum is
     divided by, "tokens": real ones, "examples"}. Packing takes a millisecond a step, which the GPU's queue hides: no
-    loader processes. `log_speed` gets tokens and examples per second and the peak of the GPU's memory.
+    loader processes. `log_speed` gets tokens and examples per second, the share of the GPU's operations that the layers
+    used (`mfu`, from `flops` a token) and the peak of its memory.
+
+    With `checkpoints` the state is saved every `save_steps`, and a training that finds one there goes on from it: on
+    the CPU the result is bit for bit that of an unbroken run. Points logged before the break are logged again.
     """
 
-    def __init__(self, *, eval_batch_size: int, log_speed: Log, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        eval_batch_size: int,
+        log: Log,
+        log_speed: Log,
+        progress: Progress,
+        checkpoints: Checkpoints | None,
+        flops: float,
+        loraplus_lr_ratio: float | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(callbacks=[_StepEnd(self, progress)], **options)
         self.remove_callback(PrinterCallback)
         self.eval_batch_size = eval_batch_size
+        self.log_point = log
         self.log_speed = log_speed
+        self.checkpoints = checkpoints
+        self.flops = flops
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.watch = LossWatch(checkpoints.folder if checkpoints else Path(tempfile.gettempdir()))
+        self.curves: list[tuple[int, dict[str, float]]] = []
+        self.loss_of_all = torch.zeros((), device=self.args.device)  # sums over steps
+        self.loss_since_log = torch.zeros((), device=self.args.device)
+        self.steps_since_log = 0
+        self.has_gradient = False
+        self.resumed: dict[str, Any] = {}
         self.seen = {"tokens": 0, "examples": 0}
         self._window: tuple[float, dict[str, int]] | None = None  # clock and `seen` where the present window began
 
+    def run(self) -> None:
+        """Train, from the last checkpoint if there is one.
+
+        Raises:
+            FloatingPointError: a loss became NaN, infinite or zero; the batch is kept.
+            RuntimeError: nothing but a reward head has a gradient.
+            InputError: the largest batch does not fit the GPU.
+        """
+        found = self.checkpoints.latest() if self.checkpoints else None
+        if found is None:
+            if self.args.device.type == "cuda":
+                self._try_largest()
+            self.train()
+            return
+        _, self.resumed = found
+        self.args.eval_on_start = False
+        for step, values in self.resumed["curves"]:
+            self._record(step, values)
+        with tempfile.TemporaryDirectory() as folder:  # the Trainer reads its own state from a file
+            Path(folder, TRAINER_STATE_NAME).write_text(self.resumed["trainer"], encoding="utf-8")
+            self.train(resume_from_checkpoint=folder)
+
+    @property
+    def train_loss(self) -> float:
+        """The mean over all steps."""
+        return self.loss_of_all.item() / max(1, self.state.global_step)
+
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         model.train()
         total = torch.zeros((), device=self.args.device)
         for micro_batch in inputs["micro_batches"]:
@@ -154,20 +186,25 @@ class StepTrainer(Trainer):
             total += loss.detach()
         for name in self.seen:
             self.seen[name] += inputs[name]
+        self.loss_of_all += total
+        self.loss_since_log += total
+        self.steps_since_log += 1
+        self.watch.keep(self.state.global_step + 1, total, inputs["micro_batches"])
+        self._see_a_gradient(model)
         return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.watch.look()
+            logs["loss"] = self.loss_since_log.item() / self.steps_since_log
+            self.loss_since_log.zero_()
+            self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
-        if "loss" not in logs:
-            return
-        now = time.monotonic()  # the loss was read, so that the GPU is done with the window's steps
-        if self._window is not None:
-            seconds = now - self._window[0]
-            speeds = {f"{name}_per_second": (self.seen[name] - self._window[1][name]) / seconds for name in self.seen}
-            if torch.cuda.is_available():
-                speeds["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            self.log_speed(self.state.global_step, speeds)
-        self._window = now, dict(self.seen)
+        values = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate", "eval_loss") if name in logs}
+        if values:
+            self._record(self.state.global_step, {name: float(value) for name, value in values.items()})
+        if "loss" in logs:
+            self._log_speed()
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -184,63 +221,115 @@ class StepTrainer(Trainer):
         self._window = None  # looking at the dev set is no training
         return metrics
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            optimizer_class,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        return self.optimizer
 
-class TrainerLog(TrainerCallback):
-    """Hands the Trainer's numbers to `log` and its steps to `progress`, and stops on a loss that is not a number."""
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        self.curves.append((step, values))
+        self.log_point(step, values)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}: lower the learning rate")
 
-    def __init__(self, log: Log, progress: Progress) -> None:
-        self.log = log
+    def _log_speed(self) -> None:
+        now = time.monotonic()  # the loss was read, so that the GPU is done with the window's steps
+        if self._window is not None:
+            seconds = now - self._window[0]
+            speeds = {f"{name}_per_second": (self.seen[name] - self._window[1][name]) / seconds for name in self.seen}
+            if torch.cuda.is_available():
+                speeds["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            if (peak := peak_flops()) is not None:
+                speeds["mfu"] = speeds["tokens_per_second"] * self.flops / peak
+            self.log_speed(self.state.global_step, speeds)
+        self._window = now, dict(self.seen)
+
+    def _see_a_gradient(self, model: nn.Module) -> None:
+        # LoRA's A has none in the first step, and behind a reward head that starts at zero nothing has.
+        if self.has_gradient or self.state.global_step >= GRADIENT_STEPS:
+            return
+        self.has_gradient = check_gradients(model)
+        if not self.has_gradient and self.state.global_step == GRADIENT_STEPS - 1:
+            raise RuntimeError("what is to be trained has no gradient: it is not part of what the model computes")
+
+    def _try_largest(self) -> None:
+        largest = sorted(self.train_dataset, key=_tokens)[-self.args.per_device_train_batch_size :]
+        parts = self.data_collator(largest)["micro_batches"]
+        part = max(parts, key=lambda inputs: inputs["input_ids"].numel())
+        kept = rng_state()
+        try_largest(self.model, self._prepare_inputs(part), list(trained_parameters(self.model).values()))
+        set_rng_state(kept)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.checkpoints is None or self.state.global_step >= self.state.max_steps:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.state.save_to_json(str(Path(folder, TRAINER_STATE_NAME)))
+            trainer = Path(folder, TRAINER_STATE_NAME).read_text(encoding="utf-8")
+        state = {
+            "trained": {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "rng": rng_state(),
+            "trainer": trainer,
+            "curves": self.curves,
+            "losses": (self.loss_of_all, self.loss_since_log, self.steps_since_log),
+        }
+        self.checkpoints.save(self.state.global_step, state)
+        self._window = None  # nor is writing
+
+    # The Trainer's own way back reads files that hold the whole model; here the state is at hand.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(self.resumed["trained"][name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self.optimizer.load_state_dict(self.resumed["optimizer"])
+        self.lr_scheduler.load_state_dict(self.resumed["scheduler"])
+        of_all, since_log, self.steps_since_log = self.resumed["losses"]
+        self.loss_of_all.copy_(of_all)
+        self.loss_since_log.copy_(since_log)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_rng_state(self.resumed["rng"])
+
+
+class _StepEnd(TrainerCallback):
+    """Hands on how far the training is, and looks at the losses since the last log once it is over."""
+
+    def __init__(self, trainer: StepTrainer, progress: Progress) -> None:
+        self.trainer = trainer
         self.progress = progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress(state.global_step, state.max_steps)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        values = {
-            key: float(value)
-            for key, value in (logs or {}).items()
-            if key in ("loss", "grad_norm", "learning_rate", "eval_loss")
-        }
-        for name in ("loss", "eval_loss"):
-            if name in values and not torch.isfinite(torch.tensor(values[name])):
-                raise FloatingPointError(
-                    f"{name} is {values[name]} at step {state.global_step}: lower the learning rate"
-                )
-        if values:
-            self.log(state.global_step, values)
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.watch.look()
+
+
+def _tokens(item: Any) -> int:
+    """Tokens of an example, of a ranking, or of a row of them."""
+    if isinstance(item, list):
+        return sum(map(_tokens, item))
+    return sum(map(len, item["sequences"])) if "sequences" in item else len(item["input_ids"])
 
 
 def require_rows(rows: Sequence[Any], what: str) -> None:
     """Raise an InputError where a stage would start without data."""
     if not rows:
         raise InputError(f"no {what} rows to train on")
-
-
-def _free_memory() -> int:
-    """Bytes of GPU memory that this process can still get."""
-    free, _ = torch.cuda.mem_get_info()
-    return int(USABLE_MEMORY * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
-
-
-def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> str:
-    unit = "examples"
-    if plan.packing is None:
-        layout = f"padded ({obstacle})"
-    elif plan.train_set and isinstance(plan.train_set[0], list):
-        unit = "rows"
-        fill = 100 * tokens / len(plan.train_set) / plan.packing.tokens_per_row
-        layout = f"packed, {len(plan.train_set)} rows of {plan.packing.tokens_per_row} tokens, {fill:.1f} % filled"
-    else:
-        layout = f"packed, rows of at most {plan.packing.tokens_per_row} tokens"
-    steps = -(-len(plan.train_set) // plan.step_size)
-    return (
-        f"{examples} examples of {tokens / examples:.0f} tokens; {layout}; {steps} steps an epoch of {plan.step_size} "
-        f"{unit}; torch_compile {str(plan.compiled).lower()}; activation_checkpointing {plan.checkpointing}"
-    )

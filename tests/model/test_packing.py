@@ -20,9 +20,9 @@ from glm.training import reward, sft
 from glm.training.layers import MODES, decoder_layers, layers_run, memory_estimate
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, best_fit, pack_dataset, pack_step, packed_row
+from glm.training.plan import plan
 from glm.training.reward import RankingCollator, RewardLoss, RewardModel
 from glm.training.sft import SftCollator, SftLoss
-from glm.training.trainer import plan
 
 VOCABULARY = 211
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
@@ -283,7 +283,7 @@ def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: 
             _, numbers = sft.train(model, tokenizer, rows, rows, params, **calls)
         else:
             params = Reward.model_validate(changes)
-            _, numbers = reward.train(model, tokenizer, rows, rows, params, lora=lora, sft_adapter=None, **calls)
+            _, numbers = reward.train(model, tokenizer, rows, rows, params, shape=lora, **calls)
         assert numbers["steps"] == 3 and model.config._attn_implementation == "sdpa"
         assert speeds and all(values["tokens_per_second"] > 0 for values in speeds)
         losses[packing] = [points[step]["loss"] for step in (1, 2, 3)]

@@ -12,7 +12,8 @@ from glm.config import Data, Reward, Sft
 from glm.data.encode import dialogue
 from glm.errors import InputError
 from glm.models import adapters
-from glm.models.saving import save_adapter
+from glm.models.lineage import Lineage
+from glm.models.saving import save_adapter, save_trained
 from glm.training import reward, sft
 
 SFT = Sft(
@@ -141,8 +142,7 @@ def test_the_reward_model_learns_the_order_and_is_a_plain_sequence_classifier(
         rankings[6:],
         rankings[:6],
         REWARD,
-        lora=SFT,
-        sft_adapter=None,
+        shape=SFT,
         seed=1,
         log=nothing,
         log_speed=nothing,
@@ -150,8 +150,7 @@ def test_the_reward_model_learns_the_order_and_is_a_plain_sequence_classifier(
     )
     assert numbers["accuracy"] == 1
     assert numbers["eval_loss"] < 0.3
-    (tmp_path / "reward").mkdir()
-    reward.save(model, tmp_path / "reward", "base")
+    save_trained(model.backbone, "lora", tmp_path / "reward", Lineage(base="base"), score=model.score)
     sequences = [sequence for row in rankings[:4] for sequence in row["sequences"]]
     wanted = reward.scores_of(model, sequences, tokenizer.pad_token_id, 3)
 

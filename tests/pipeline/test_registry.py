@@ -49,7 +49,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from glm.config import EmbeddedModel
     from glm.models.embedded import new_model, train_tokenizer
-    from glm.training import reward
+    from glm.models.lineage import Lineage
+    from glm.models.saving import save_trained
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "base").mkdir()
@@ -60,7 +61,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     tuned.save_pretrained(str(folder / "adapter"))
     (folder / "reward").mkdir()
-    reward.save(reward.RewardModel(tuned, torch.nn.Linear(32, 1, bias=False)), folder / "reward", "base")
+    head = torch.nn.Linear(32, 1, bias=False)
+    save_trained(tuned, "lora", folder / "reward", Lineage(base=str(folder / "base")), score=head)
     tuned.merge_and_unload().save_pretrained(folder / "export")
     tokenizer.save_pretrained(folder / "export")
     return folder

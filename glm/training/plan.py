@@ -1,0 +1,115 @@
+"""How the steps of SFT and reward model are computed, decided once per run and said in the log."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glm.config import Training
+from glm.errors import InputError
+from glm.models.adapters import causal_lm
+from glm.models.methods import Tunable
+from glm.models.packed_attention import why_not_packed
+from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
+from glm.training.packing import Packing, pack_dataset
+
+Example = dict[str, Any]
+Sequences = Callable[[Example], list[list[int]]]  # the token sequences of an example: one for SFT, all of a ranking
+
+ROW_MULTIPLE = 256  # compiled rows come in multiples of so many tokens
+COMPILE_TOKENS = 2_000_000  # trained tokens from which half a minute of compiling pays on a 6B model
+USABLE_MEMORY = 0.92  # of what is free: fragments, and what the libraries take for themselves
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are computed, decided once per run. It changes speed and memory, not results.
+
+    `train_set` holds examples, or with `tokens_per_step` rows of examples; `step_size` of them are an optimizer step,
+    and `row_tokens` the tokens of the largest part that is computed at a time.
+    """
+
+    train_set: Sequence[Any]
+    step_size: int
+    packing: Packing | None
+    compiled: bool
+    checkpointing: Checkpointing
+    row_tokens: int
+    epoch_tokens: int
+    steps: int
+
+
+def plan(
+    model: Tunable, examples: Sequence[Example], sequences: Sequences, params: Training, *, stage: str, seed: int
+) -> Plan:
+    """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice."""
+    base = causal_lm(model)
+    on_gpu = base.device.type == "cuda"
+    lengths = [len(sequence) for example in examples for sequence in sequences(example)]
+    step_size = params.per_device_train_batch_size * params.gradient_accumulation_steps
+    run_tokens = sum(lengths) * params.num_train_epochs
+    if params.max_steps > 0:
+        run_tokens = params.max_steps * (params.tokens_per_step or step_size * sum(lengths) / len(examples))
+
+    obstacle = "packing: false" if not params.packing else why_not_packed(base)
+    if obstacle and params.tokens_per_step:
+        raise InputError(f"{stage}.tokens_per_step {params.tokens_per_step} needs packed rows: {obstacle}")
+    compiled = params.torch_compile
+    if compiled == "auto":
+        compiled = on_gpu and obstacle is None and run_tokens >= COMPILE_TOKENS
+
+    train_set: Sequence[Any] = examples
+    packing = None
+    if obstacle is None:
+        row = min(params.tokens_per_forward, params.tokens_per_step or params.tokens_per_forward)
+        per_step = step_size * max(len(sequences(example)) for example in examples)
+        most = min(per_step, row // min(lengths))
+        if params.tokens_per_step:
+            train_set = pack_dataset(list(examples), lambda example: sum(map(len, sequences(example))), row, seed)
+            step_size = params.tokens_per_step // row
+            most = max(sum(len(sequences(example)) for example in filled) for filled in train_set)
+        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths))
+        tokens = max(row, max(lengths))
+    else:
+        per_example = max(len(sequences(example)) for example in examples)
+        tokens = params.per_device_train_batch_size * per_example * max(lengths)
+
+    checkpointing = params.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "none"
+        if on_gpu:
+            state = optimizer_bytes(model, params.optim)
+            checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free_memory())
+    steps = -(-len(train_set) // step_size) * params.num_train_epochs
+    total = params.max_steps if params.max_steps > 0 else math.ceil(steps)
+    found = Plan(train_set, step_size, packing, compiled, checkpointing, tokens, sum(lengths), total)
+    logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
+    return found
+
+
+def free_memory() -> int:
+    """Bytes of GPU memory that this process can still get."""
+    free, _ = torch.cuda.mem_get_info()
+    return int(USABLE_MEMORY * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
+
+
+def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> str:
+    unit = "examples"
+    if plan.packing is None:
+        layout = f"padded ({obstacle})"
+    elif plan.train_set and isinstance(plan.train_set[0], list):
+        unit = "rows"
+        fill = 100 * tokens / len(plan.train_set) / plan.packing.tokens_per_row
+        layout = f"packed, {len(plan.train_set)} rows of {plan.packing.tokens_per_row} tokens, {fill:.1f} % filled"
+    else:
+        layout = f"packed, rows of at most {plan.packing.tokens_per_row} tokens"
+    steps = -(-len(plan.train_set) // plan.step_size)
+    return (
+        f"{examples} examples of {tokens / examples:.0f} tokens; {layout}; {steps} steps an epoch of {plan.step_size} "
+        f"{unit}; torch_compile {str(plan.compiled).lower()}; activation_checkpointing {plan.checkpointing}"
+    )
