@@ -141,13 +141,13 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
         if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
-            create_image_artifact(
-                curves_url(curves), key=f"curves-{step['name']}", description=f"Curves of {step['name']}"
-            )
+            key = f"curves-{step['name'].replace('_', '-')}"  # Prefect's keys have no underscore
+            create_image_artifact(curves_url(curves), key=key, description=f"Curves of {step['name']}")
     runs = {step["name"]: step.get("run_id") for step in summary["steps"]} | {"pipeline": summary["parent_run"]}
     for name, run_id in runs.items():
         if run_id:
-            create_link_artifact(f"{mlflow_pages()}/#/runs/{run_id}", f"{name} in MLflow", key=f"mlflow-{name}")
+            page = f"{mlflow_pages()}/#/runs/{run_id}"
+            create_link_artifact(page, f"{name} in MLflow", key=f"mlflow-{name.replace('_', '-')}")
 
 
 def markdown(summary: dict[str, Any]) -> str:
