@@ -12,16 +12,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from glm.config import Data
+from glm.config import Algorithm, Data
 from glm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-STEPS = ("export", "ppo", "sft")  # of a pipeline's run, the first that logged a model
+STEPS = ("export", *get_args(Algorithm), "sft")  # of a pipeline's run, the first that logged a model
 
 
 @dataclass(frozen=True)

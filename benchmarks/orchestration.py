@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.server import prefect_api
-from tasks import STEPS
+from tasks import programs
 from tests.pipeline.conftest import Project, copy_checkout, last_run, query
 
 ROUNDS = 3
@@ -89,7 +89,7 @@ def make_project(folder: Path) -> Project:
     home.mkdir()
     copy_checkout(root)
     (root / "tasks" / "trivial.py").write_text(Path("tests/pipeline/trivial_stage.py").read_text())
-    for step in STEPS:
+    for step in programs("ppo"):
         (root / "tasks" / f"{step}.py").write_text(f"from tasks.trivial import main\n\nmain({step!r})\n")
     (root / "tasks" / f"{STEP}.py").write_text(STAGE)
     (root / "flows" / "registry.py").write_text(

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def plan(comparison: Comparison) -> tuple[list[Cell], list[str]]:
             for variant, settings in comparison.variants.items()
         ]
         refuse_twins(cells[: len(comparison.variants)])
-        steps = steps_until(comparison.until, names)
+        steps = steps_until(comparison.until, names, {cell.params.algorithm for cell in cells})
         for params in {repr((cell.params.model, cell.params.data)): cell.params for cell in cells}.values():
             check_inputs(params)
     return cells, steps
@@ -178,8 +178,8 @@ def refuse_twins(cells: Sequence[Cell]) -> None:
             raise InputError(f"variants {one.variant!r} and {other.variant!r} are the same: no parameter differs")
 
 
-def steps_until(until: str | None, names: Sequence[str]) -> list[str]:
-    """The pipeline's steps up to `until`.
+def steps_until(until: str | None, names: Sequence[str], algorithms: Iterable[str]) -> list[str]:
+    """The pipeline's steps up to `until`, whose policy is one of the `algorithms`.
 
     Without it, up to evaluate_sft if all `names` that differ are used by then: reward model and policy are spared.
 
@@ -190,7 +190,8 @@ def steps_until(until: str | None, names: Sequence[str]) -> list[str]:
         raise InputError(f"until: {until!r}; a comparison ends with {' or '.join(ENDS)}")
     for end in [until] if until else ENDS:
         steps = list(STEPS[: STEPS.index(end) + 1])
-        used = [name for step in steps for name in stage_entry(step, ROOT / "dvc.yaml").params]
+        entries = [stage_entry(step, algorithm, ROOT / "dvc.yaml") for algorithm in algorithms for step in steps]
+        used = {name for entry in entries for name in entry.params}
         idle = [name for name in names if not any(name == use or name.startswith(f"{use}.") for use in used)]
         if not idle:
             return steps

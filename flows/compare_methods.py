@@ -34,15 +34,15 @@ from rich.console import Console
 from flows import ROOT, comparison_report
 from flows.cells import Cell, Comparison, parse_settings, parse_variant, plan, product, read_recipe, validated
 from flows.comparison_report import Outcome, Report
-from flows.dvc_stage import DVC_SAYS, unchanged
+from flows.dvc_stage import DVC_SAYS
 from flows.experiments import read_experiments
 from flows.interrupt import handle_ctrl_c, stop_if_asked
-from flows.progress import Board, clock
+from flows.progress import clock
 from flows.report import read_json
-from flows.rlhf_pipeline import mlflow_parent, quieten, run_steps
+from flows.rlhf_pipeline import make_board, mlflow_parent, quieten, run_steps
 from flows.server import prefect_api
 from flows.workspace import uncommitted, workspace
-from glm.config import Params
+from glm.config import Params, load_params
 from glm.errors import InputError
 from tasks.lineage import git_tags
 
@@ -141,10 +141,11 @@ def cell(
     tags = {"glmflow.variant": variant, "mlflow.note.content": note(overrides)}
     tags |= {"mlflow.parentRunId": parent_run} if parent_run else {}
     with workspace(name, overrides, steps, like) as root:
-        board = Board(steps, root, unchanged(steps, root))
+        board = make_board(steps, root)
         with board.shown(), mlflow_parent(root, name, tags, key=f"{parent_run}:{name}") as (run_id, done):
             run_steps(steps, root, board, run_id, done)
-            values, before = comparison_report.measure(lambda path: read_json(root / path), steps[-1])
+            algorithm = load_params(root / "params.yaml").algorithm
+            values, before = comparison_report.measure(lambda path: read_json(root / path), steps[-1], algorithm)
     return Outcome(name, variant, seed, run_id, values, before)
 
 

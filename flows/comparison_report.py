@@ -98,9 +98,9 @@ class Report:
         return f"{mlflow_pages()}/#/compare-runs?{chosen}"
 
 
-def measure(read: Read, end: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def measure(read: Read, end: str, algorithm: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """(metrics of what a cell trained, metrics of what it is compared with), from the files of its stages."""
-    who = "sft" if end == "evaluate_sft" else "ppo"
+    who = "sft" if end == "evaluate_sft" else algorithm
     metrics, record = read(f"metrics/{end}.json"), read(f"runs/{who}.json")
     names = [f"{column.name}{part}" for column in COLUMNS[end] for part in ("", "_low", "_high")]
     found = read(f"metrics/{who}.json") | record.get("speed", {}) | record | of(who, metrics)

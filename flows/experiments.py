@@ -32,14 +32,14 @@ def read_experiments(wanted: str, until: str | None) -> tuple[list[Outcome], Par
     params = {name: validate_params(values, f"params.yaml of {name}") for name, values in files.items()}
     varied = differences({name: values.model_dump() for name, values in params.items()})
     names = list(next(iter(varied.values())))
-    end = steps_until(until, names)[-1]
+    end = steps_until(until, names, {values.algorithm for values in params.values()})[-1]
     first = next(iter(params.values()))
     runs = runs_of_experiments(first, list(commits))
     outcomes = []
     for name, commit in commits.items():
         cell = (name, variant_name(varied[name]) if names else "params.yaml", params[name].seed, runs.get(name))
         try:
-            outcomes.append(Outcome(*cell, *read_cell(commit, end)))
+            outcomes.append(Outcome(*cell, *read_cell(commit, end, params[name].algorithm)))
         except FileNotFoundError as error:
             outcomes.append(Outcome(*cell, error=str(error)))
     return outcomes, first, end, names
@@ -64,7 +64,7 @@ def find_experiments(wanted: str) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
-def read_cell(commit: str, end: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def read_cell(commit: str, end: str, algorithm: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """What an experiment measured, from DVC's cache.
 
     Raises:
@@ -79,4 +79,4 @@ def read_cell(commit: str, end: str) -> tuple[dict[str, float], dict[str, dict[s
 
     if not files.exists(f"metrics/{end}.json"):
         raise FileNotFoundError(f"it has no metrics/{end}.json")
-    return measure(read, end)
+    return measure(read, end, algorithm)

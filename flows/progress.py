@@ -22,8 +22,8 @@ from glm.files import write_text
 
 # Seconds of each stage of the embedded default on two cores, for the first run; later ones know better.
 FIRST_GUESS = {
-    **dict(fetch=5, preprocess=8, base=80, sft=60, evaluate_sft=25),
-    **dict(reward=50, ppo=90, evaluate=25, export=20, register=20, judge=60),
+    **dict(fetch=5, preprocess=8, base=80, sft=60, evaluate_sft=25, reward=50, reward_judge=50),
+    **dict(policy=90, evaluate=30, export=20, register=20, judge=60),
 }
 NOTES = {"ran": "", "cached": "from the cache", "failed": "failed", "stopped": "stopped"}
 LOOKS = {  # mark and style of each state
@@ -142,7 +142,7 @@ def last_seconds(step: str, root: Path) -> float:
     try:
         return float(json.loads((root / "runs" / f"{step}.json").read_text(encoding="utf-8"))["seconds"])
     except (FileNotFoundError, KeyError):
-        return float(FIRST_GUESS[step])
+        return float(FIRST_GUESS.get(step, FIRST_GUESS["policy"]))  # a policy goes by its algorithm
 
 
 def clock(seconds: float) -> str:

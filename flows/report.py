@@ -18,7 +18,6 @@ from glm.config import load_params
 from glm.data.check import summary as summary_of_data
 from glm.evaluation.curves import draw_curves
 
-MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 ROWS = {  # of metrics/evaluate.json: name, title, digits
     "loss": ("loss (held out)", 3),
     "bleu-4": ("BLEU-4", 2),
@@ -26,6 +25,8 @@ ROWS = {  # of metrics/evaluate.json: name, title, digits
     "rouge-2": ("ROUGE-2", 2),
     "rouge-l": ("ROUGE-L", 2),
     "reward": ("reward", 2),
+    "judge": ("judge's reward", 2),
+    "win_rate": ("prompts won against SFT", 2),
     "kl": ("KL to SFT, nats a response", 1),
 }
 STEP_COLUMNS = ["step", "", "time", "optimizer steps", "seconds per step"]
@@ -35,7 +36,9 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 
 def collect(root: Path, steps: list[Step], parent_run: str | None, version: str) -> dict[str, Any]:
     """Read a finished run's metrics, samples and run records, as plain values."""
+    algorithm = load_params(root / "params.yaml").algorithm
     return {
+        "models": {"base": "base", "sft": "SFT", algorithm: algorithm.upper()},
         "steps": [
             {"name": step.name, "state": step.state, "seconds": step.seconds}
             | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
@@ -54,11 +57,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def result_rows(metrics: dict[str, float]) -> list[list[str]]:
-    """Title and the values of base, SFT and PPO of each metric, as text."""
+def result_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Title and the values of each model of each metric, as text."""
     rows = []
     for name, (title, digits) in ROWS.items():
-        values = [metrics.get(f"{who}.{name}") for who in MODELS]
+        values = [summary["metrics"].get(f"{who}.{name}") for who in summary["models"]]
         if any(value is not None for value in values):
             # + 0: no "-0.0"
             cells = ["" if value is None else f"{round(value, digits) + 0:.{digits}f}" for value in values]
@@ -81,17 +84,17 @@ def step_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Prompt and the answers of base, SFT and PPO."""
-    return [[sample["prompt"], *(sample[who] for who in MODELS)] for sample in summary["samples"]]
+    """Prompt and the answers of each model."""
+    return [[sample["prompt"], *(sample[who] for who in summary["models"])] for sample in summary["samples"]]
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print a run's end: results, times, samples, and the lines to type next."""
     results = Table(title="Before and after, on the test split", title_justify="left")
     results.add_column()
-    for title in MODELS.values():
+    for title in summary["models"].values():
         results.add_column(title, justify="right")
-    for row in result_rows(summary["metrics"]):
+    for row in result_rows(summary):
         results.add_row(*row)
     console.print(results)
     if "reward.accuracy" in summary["metrics"]:
@@ -106,7 +109,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     console.print(times)
 
     samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
-    for title in ["prompt", *MODELS.values()]:
+    for title in ["prompt", *summary["models"].values()]:
         samples.add_column(title, ratio=1, overflow="fold")
     for row in sample_rows(summary):
         samples.add_row(*map(Text, row))  # a model may write [bold]
@@ -161,12 +164,12 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Before and after",
-            table(["", *MODELS.values()], result_rows(summary["metrics"])),
+            table(["", *summary["models"].values()], result_rows(summary)),
             *([f"Reward model: pair accuracy {accuracy:.1%}"] if accuracy is not None else []),
             "## Steps",
             table(STEP_COLUMNS, step_rows(summary)),
             "## Samples",
-            table(["prompt", *MODELS.values()], sample_rows(summary)),
+            table(["prompt", *summary["models"].values()], sample_rows(summary)),
         ]
     )
 

@@ -42,6 +42,7 @@ from flows.server import prefect_api
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
 from glm.errors import InputError
+from tasks import programs
 from tasks.inputs import check_inputs
 
 HOUR = 3600.0
@@ -63,7 +64,8 @@ STAGES = {
     "sft": Plan(168 * HOUR),
     "evaluate_sft": Plan(24 * HOUR),
     "reward": Plan(168 * HOUR),
-    "ppo": Plan(168 * HOUR),
+    "reward_judge": Plan(168 * HOUR),
+    "policy": Plan(168 * HOUR),
     "evaluate": Plan(24 * HOUR),
     "export": Plan(6 * HOUR),
 }
@@ -131,7 +133,7 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any
 
     `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
     """
-    board = Board([*STAGES, "register"], root, unchanged(list(STAGES), root))
+    board = make_board(list(STAGES), root, ["register"])
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(list(STAGES), root, board, parent_run, done)
         with board.running("register") as line:
@@ -152,16 +154,22 @@ def write_report(root: Path, name: str, parent_run: str | None, summary: dict[st
     keep_file(parent_run, page)
 
 
+def make_board(steps: Sequence[str], root: Path, more: Sequence[str] = ()) -> Board:
+    """The board of a run of `steps` in `root`, then of what is no stage. The stage `policy` goes by its algorithm."""
+    names = programs(load_params(root / "params.yaml").algorithm, steps)
+    return Board([*names, *more], root, names[: len(unchanged(steps, root))])
+
+
 def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
-    """Run stages in `root`, in order; each is added to `done` when it is. Raises what a stage raised."""
-    for step in steps:
-        run = stage.with_options(name=step, task_run_name=step, retries=STAGES[step].retries)
-        with board.running(step) as line:
+    """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised."""
+    for step, name in zip(steps, programs(load_params(root / "params.yaml").algorithm, steps), strict=True):
+        run = stage.with_options(name=name, task_run_name=name, retries=STAGES[step].retries)
+        with board.running(name) as line:
             stop_if_asked()
             state = run(step, str(root), STAGES[step].time_limit, parent_run or "", return_state=True)
             state.result()
             line.state = "cached" if state.name == "Cached" else "ran"
-        done.append(step)
+        done.append(name)
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)

@@ -18,6 +18,8 @@ from ruamel.yaml.error import MarkedYAMLError
 from glm.errors import InputError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, or a name alone
+# What improves the SFT model. Each is a section below and a program, tasks/<algorithm>.py.
+Algorithm = Literal["ppo", "dpo", "kto", "grpo", "rloo", "rrhf", "raft"]
 EMBEDDED = "embedded"  # the value of model.path that stands for the tiny model made by the base step
 
 
@@ -256,9 +258,18 @@ class Reward(Training):
 
     method: Method = Field("lora", description="what is trained besides the head; its shape is in section sft")
     init: Literal["sft", "base"] = Field("sft", description="the model that it starts from")
+    loss_type: Literal["pairwise", "plackett_luce"] = Field("pairwise", description="of rankings of more than two")
+    margin: float = Field(0.0, ge=0, description="by how much a better answer should score higher")
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of the term that holds scores around 0")
     resume_lora_training: bool = Field(
         True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
     )
+
+    @model_validator(mode="after")
+    def margin_is_of_pairs(self) -> Self:
+        if self.margin and self.loss_type != "pairwise":
+            raise ValueError(f"margin {self.margin} is of loss_type pairwise, not {self.loss_type}")
+        return self
 
 
 class Ppo(Section):
@@ -269,7 +280,7 @@ class Ppo(Section):
         True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
     )
     minimum_reward_accuracy: float = Field(
-        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which PPO refuses to use it"
+        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
     )
     learning_rate: float = Field(1e-5, gt=0, lt=1)
     max_steps: int = Field(60, ge=1, description="rollout batches")
@@ -312,8 +323,141 @@ class Ppo(Section):
         return self
 
 
+class Rival(Section):
+    """What the algorithms beside PPO have in common."""
+
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    max_steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=2, description="rankings, labelled answers or prompts of an optimizer step")
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(32, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    eval_steps: int = Field(10, ge=1, description="optimizer steps between two looks at the dev prompts")
+    save_steps: int = Field(10, ge=1, description="optimizer steps between two checkpoints of the training")
+
+
+class Offline(Rival):
+    """Learns from the ranked answers of data.reward, packed side by side."""
+
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
+    packing: bool = True
+    tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
+
+
+class Online(Rival):
+    """Learns from its own answers to the prompts of data.ppo, as the reward model judges them."""
+
+    minimum_reward_accuracy: float = Field(
+        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
+    )
+    num_generations: int = Field(8, ge=2, description="answers to each prompt of a step")
+
+
+class Dpo(Offline):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="ipo: Azar et al. 2023")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round")
+
+    @model_validator(mode="after")
+    def smoothing_is_of_the_sigmoid(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing {self.label_smoothing} is of loss_type sigmoid, not {self.loss_type}")
+        return self
+
+
+class Kto(Rival):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on the labelled answers of data.kto, by TRL."""
+
+    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+
+
+class Rrhf(Offline):
+    """Rank responses to align with human feedback (Yuan et al. 2023)."""
+
+    rrhf_weight: float = Field(1.0, gt=0, description="of the ranking loss, beside the best answer's own")
+
+
+class Grouped(Online):
+    """What compares answers to the same prompt, in place of a value function: GRPO and RLOO."""
+
+    beta: float = Field(0.05, ge=0, description="weight of the KL divergence to SFT: GRPO's in the loss, RLOO's reward")
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip range of the ratio")
+    num_iterations: int = Field(1, ge=1, description="optimizer steps on the same answers")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step is computed")
+
+    @model_validator(mode="after")
+    def steps_fit(self) -> Self:
+        if self.batch_size * self.num_generations % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} x num_generations {self.num_generations} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps {self.save_steps} is not a multiple of num_iterations {self.num_iterations}: a checkpoint "
+                "does not hold the answers that are still in use"
+            )
+        return self
+
+
+class Grpo(Grouped):
+    """Group relative policy optimisation (Shao et al. 2024), by TRL."""
+
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = Field("dapo", description="how tokens are averaged")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="whose spread divides advantages")
+
+
+class Rloo(Grouped):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024), by TRL."""
+
+    normalize_advantages: bool = False
+
+
+class Raft(Online):
+    """Reward-ranked fine-tuning (Dong et al. 2023): learn the best of num_generations answers to each prompt."""
+
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL penalty on the reward by which the best is chosen")
+
+
+class RewardModel(Section):
+    """What scores the policy's answers: the reward model of the pipeline, or something from outside."""
+
+    source: Literal["own", "function", "classifier", "http"] = "own"
+    path: str | None = Field(
+        None, description="function: module:name or file.py:name; classifier: folder or hub id; http: the address"
+    )
+    revision: str | None = Field(None, description="hub commit of a classifier")
+    batch_size: int = Field(32, ge=1, description="answers of one call, forward pass or request")
+    timeout: float = Field(30.0, gt=0, description="seconds that a request may take")
+    max_retries: int = Field(3, ge=0, description="of a request that failed, after 1, 2, 4, … seconds")
+
+    @model_validator(mode="after")
+    def path_for_the_others(self) -> Self:
+        if (self.source == "own") != (self.path is None):
+            what = "needs a path" if self.path is None else f"has no path: leave {self.path!r} out"
+            raise ValueError(f"source {self.source} {what}")
+        if self.source == "function" and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.path or ""):
+            raise ValueError(f"path of a function is module:name or file.py:name (found {self.path!r})")
+        if self.source == "http" and not re.match(r"https?://.", self.path or ""):
+            raise ValueError(f"path of an endpoint begins with http:// or https:// (found {self.path!r})")
+        return self
+
+
 class Evaluate(Section):
-    """Held-out comparison of base, SFT and PPO on the test split."""
+    """Held-out comparison of base, SFT and policy on the test split."""
 
     max_samples: int = Field(200, ge=4, description="test rows that are answered and scored")
     batch_size: int = Field(32, ge=1)
@@ -389,11 +533,19 @@ class Params(Section):
     """All of params.yaml."""
 
     seed: int = Field(42, ge=0, le=2**32 - 1, description="of training and sampling; data and base keep their own")
+    algorithm: Algorithm = Field("ppo", description="what the policy step improves the SFT model by")
     model: Model = Model()
     data: Data = Data()
     sft: Sft = Sft()
     reward: Reward = Reward()
+    reward_model: RewardModel = RewardModel()
     ppo: Ppo = Ppo()
+    dpo: Dpo = Dpo()
+    kto: Kto = Kto()
+    grpo: Grpo = Grpo()
+    rloo: Rloo = Rloo()
+    rrhf: Rrhf = Rrhf()
+    raft: Raft = Raft()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     promote: Promote = Promote()
@@ -442,6 +594,12 @@ class Params(Section):
                     f"{stage}.method full would leave SFT's prefix outside of the weights that it saves: choose "
                     "p_tuning, lora or freeze"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def trl_trains_a_lora(self) -> Self:
+        if self.algorithm in ("kto", "grpo", "rloo") and self.sft.method != "lora":
+            raise ValueError(f"algorithm {self.algorithm} trains the LoRA of SFT, but sft.method is {self.sft.method}")
         return self
 
 

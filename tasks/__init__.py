@@ -3,5 +3,26 @@
 A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and writes. No algorithm lives here.
 """
 
+from collections.abc import Sequence
+
 # In the order they run.
-STEPS = ("fetch", "preprocess", "base", "sft", "evaluate_sft", "reward", "ppo", "evaluate", "export")
+STEPS = (
+    "fetch",
+    "preprocess",
+    "base",
+    "sft",
+    "evaluate_sft",
+    "reward",
+    "reward_judge",
+    "policy",
+    "evaluate",
+    "export",
+)
+
+
+def programs(algorithm: str, steps: Sequence[str] = STEPS) -> tuple[str, ...]:
+    """The program of each step, tasks/<program>.py, after which what it writes is named too (metrics/ppo.json).
+
+    It has the step's name, but for the step `policy`, whose program is the `algorithm` of params.yaml.
+    """
+    return tuple(algorithm if step == "policy" else step for step in steps)

@@ -1,53 +1,79 @@
-"""Compare base, SFT and PPO on the test split.
+"""Compare base, SFT and the policy, named after its algorithm, on the test split.
 
-Reward and KL of sampled answers; loss on the reference answers, BLEU and ROUGE of greedy ones, those of base and SFT as
-evaluate_sft measured them. Writes reports/evaluate: predictions.jsonl (every greedy answer with its row id and label)
-and samples.json (three questions, answered side by side as the chat does).
+Loss on the reference answers, BLEU and ROUGE of greedy answers, those of base and SFT as evaluate_sft measured them;
+reward and KL of sampled ones; and how the judge, a reward model that no policy was trained against, sees the latter:
+its score, the gain over SFT and the share of prompts won against SFT, both with their 95 % interval. Writes
+reports/evaluate: predictions.jsonl (every greedy answer with its row id and label) and samples.json (three questions,
+answered side by side as the chat does).
 """
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 from glm.data.held_out import check_disjoint
 from glm.data.rows import read_split
 from glm.files import read_jsonl, replace_folder, write_json, write_jsonl
 from tasks.answers import answer, predictions, read_questions, samples
 from tasks.base_model import foundation, load_base_tokenizer, load_shared
+from tasks.rewards import load_scorer
 from tasks.stage import Stage, main
 from tasks.tokenized import ROWS
 
 BEFORE = Path("reports/evaluate_sft")
-ADAPTERS = {"base": "base", "sft": "reference", "ppo": "policy"}  # who is compared, and its adapter among the actors
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.data.encode import prompt_ids
+    from glm.data.encode import end_id, prompt_ids
+    from glm.evaluation.win_rate import mean_gain, win_rate
     from glm.models.lineage import chain
     from glm.training import policy_eval
-    from glm.training.actors import Actors
+    from glm.training.actors import Actors, pack
 
     params, options = stage.params, stage.params.evaluate
+    algorithm: str = params.algorithm
+    adapters = {"base": "base", "sft": "reference", algorithm: "policy"}  # who is compared, and its adapter
     check_disjoint(ROWS, "ppo")
-    metrics = read_metrics("evaluate_sft") | {"reward.accuracy": read_metrics("reward")["test_accuracy"]}
-    models = {name: Path("models", name) for name in ("sft", "reward", "ppo")}
-    base, beneath = load_shared(params, foundation(params).parts, *(chain(folder) for folder in models.values()))
+    metrics = read_metrics("evaluate_sft")
+    metrics |= {
+        f"{name}.accuracy": read_metrics(step)["test_accuracy"]
+        for name, step in (("reward", "reward"), ("judge", "reward_judge"))
+    }
+    sft_model, reward, judge, policy = (Path("models", name) for name in ("sft", "reward", "reward_judge", algorithm))
+    shared = [foundation(params).parts, *(chain(folder) for folder in (sft_model, reward, judge, policy))]
+    base, beneath = load_shared(params, *shared)
     tokenizer = load_base_tokenizer()
-    actors = Actors(base, policy=models["ppo"], reference=models["sft"], reward=models["reward"], beneath=beneath)
-    steps = len(ADAPTERS) + 1
+    actors = Actors(
+        base,
+        policy=policy,
+        reference=sft_model,
+        reward=reward,
+        beneath=beneath,
+        scorer=load_scorer(params, tokenizer),
+        judge=judge,
+    )
+    steps = len(adapters) + 1
 
-    stage.progress(0, steps, "ppo: loss and greedy answers")
+    stage.progress(0, steps, f"{algorithm}: loss and greedy answers")
     questions = read_questions(stage, tokenizer)
     actors.use("policy")
-    answers = {"ppo": answer(stage, actors.model, tokenizer, questions)}
-    metrics |= {f"ppo.{name}": value for name, value in answers["ppo"].metrics.items()}
+    answers = {algorithm: answer(stage, actors.model, tokenizer, questions)}
+    metrics |= {f"{algorithm}.{name}": value for name, value in answers[algorithm].metrics.items()}
 
     prompt_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
     prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in prompt_rows]
     stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(prompts))
-    for number, (who, adapter) in enumerate(ADAPTERS.items(), start=1):
+    scores: dict[str, list[float]] = {}  # by the judge
+    for number, (who, adapter) in enumerate(adapters.items(), start=1):
         stage.progress(number, steps, f"{who}: reward and KL")
-        found = policy_eval.evaluate(actors, tokenizer, prompts, options, seed=params.seed, adapter=adapter)
+        judged = policy_eval.judge(actors, tokenizer, prompts, options, seed=params.seed, adapter=adapter)
+        batch = pack(prompts, judged.answers, tokenizer.pad_token_id, actors.model.device)
+        scores[who] = actors.judge_score(batch).tolist()
+        found = policy_eval.summary(judged, end_id(tokenizer)) | {"judge": fmean(scores[who])}
         metrics |= {f"{who}.{name}": value for name, value in found.items()}
+    for who in ("base", algorithm):
+        against_sft = win_rate(scores[who], scores["sft"]) | mean_gain(scores[who], scores["sft"], params.seed)
+        metrics |= {f"{who}.{name}": value for name, value in against_sft.items()}
     stage.progress(steps, steps)
 
     rows = zip(read_jsonl(BEFORE / "predictions.jsonl"), predictions(questions, answers), strict=True)

@@ -10,7 +10,6 @@ import logging
 from tasks.base_model import load_base_tokenizer
 from tasks.stage import Stage, main
 
-POLICY = "models/ppo"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit: what rounding may change
 INT8_TOLERANCE = 1e-1  # bitsandbytes' int8 rounds activations too, which a merged model does not
 
@@ -25,11 +24,11 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.models.prefix import prefix_of
     from glm.models.saving import as_trained, probe_outputs, save_merged
 
-    options = stage.params.export
-    _, below = read_lineage(POLICY)
+    options, policy = stage.params.export, f"models/{stage.params.algorithm}"
+    _, below = read_lineage(policy)
     tokenizer = load_base_tokenizer()
-    wanted = probe_outputs(as_trained(POLICY, dtype=options.dtype)).float()
-    model = load_model(POLICY, dtype=options.dtype, dequantize=True)
+    wanted = probe_outputs(as_trained(policy, dtype=options.dtype)).float()
+    model = load_model(policy, dtype=options.dtype, dequantize=True)
     beside = prefix_of(model) is not None
     merged = save_merged(model, tokenizer, "models/export", max_shard_size=options.max_shard_size, prefix_beside=True)
     if beside:
@@ -38,7 +37,7 @@ def run(stage: Stage) -> dict[str, float]:
     difference = (probe_outputs(load("models/export", dtype=options.dtype)).float() - wanted).abs().max().item()
     tolerance = INT8_TOLERANCE if below is not None and below.quantization == "int8" else TOLERANCE[options.dtype]
     if not difference <= tolerance * wanted.abs().max().item():  # also false for NaN
-        raise RuntimeError(f"models/export: its logits differ from those of {POLICY} by {difference:.2e}")
+        raise RuntimeError(f"models/export: its logits differ from those of {policy} by {difference:.2e}")
     stage.log_model("models/export")
     return {
         "max_logit_difference": difference,

@@ -29,15 +29,17 @@ class StageEntry:
     plots: list[str]
 
 
-def stage_entry(step: str, path: str | Path = "dvc.yaml") -> StageEntry:
-    """Read one stage of dvc.yaml; like DVC, put values of the params.yaml beside it in the place of ${their.names}.
+def stage_entry(step: str, algorithm: str, path: str | Path = "dvc.yaml") -> StageEntry:
+    """Read one stage of dvc.yaml, as it is with this `algorithm` in params.yaml.
+
+    Like DVC, it puts values of the params.yaml beside it in the place of ${their.names}.
 
     Raises:
         InputError: there is no such file, or no such stage in it.
     """
     yaml = YAML(typ="safe", pure=True)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8").replace("${algorithm}", algorithm)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; start a step in the project's root") from None
     if "${" in text:

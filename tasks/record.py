@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 
 from glm.config import EMBEDDED, Params
 from glm.errors import InputError
-from tasks import STEPS
+from tasks import STEPS, programs
 from tasks.lineage import content_hash, files_of, stage_entry, stage_params
 from tasks.tracking import create_parent, open_store, store_uri, warn
 
@@ -65,6 +65,7 @@ def write_record(client: "MlflowClient", run_id: str, params: Params, ours: Sequ
 def make_record(params: Params, patch: bytes, ours: Sequence[str]) -> dict[str, Any]:
     """The content of record.json."""
     lock = read_lock()
+    names = programs(params.algorithm)  # what an earlier algorithm left behind is none of this run's
     uncommitted = uncommitted_files(params.data.dataset_dir, ours)
     faults = inconsistencies(lock)
     if len(patch) > MAX_PATCH_BYTES:
@@ -83,7 +84,7 @@ def make_record(params: Params, patch: bytes, ours: Sequence[str]) -> dict[str, 
         "sources": _read(Path("prepared/raw/sources.json")),
         "rows": _read(Path("reports/preprocess/report.json")),
         "base": base,
-        "runs": {path.stem: _read(path) for path in sorted(Path("runs").glob("*.json"))},
+        "runs": {path.stem: _read(path) for path in sorted(Path("runs").glob("*.json")) if path.stem in names},
         "export": content_hash(EXPORT) if os.path.exists(EXPORT) else None,
         "faults": faults,
     }
@@ -113,7 +114,7 @@ def inputs_hash(params: Params) -> str:
 
     What the steps hand each other does not count, nor do the bounds of the gate: equal hashes mean equal results.
     """
-    entries = {step: stage_entry(step) for step in STEPS}
+    entries = {step: stage_entry(step, params.algorithm) for step in STEPS}
     made = {out for entry in entries.values() for out in [*entry.outs, *entry.metrics, *entry.plots]}
     sources = sorted({dep for entry in entries.values() for dep in entry.deps} - made)
     content = {

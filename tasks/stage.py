@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from glm.config import Params, load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
-from tasks import STEPS
+from tasks import STEPS, programs
 from tasks.lineage import (
     StageEntry,
     content_hash,
@@ -182,17 +182,20 @@ class Progress:
         self.bar.close()
 
 
-def main(step: str, run: Run, uses_torch: bool = True) -> None:
-    """Run one stage in this process and exit. A stage without torch says so and starts two seconds earlier."""
+def main(program: str, run: Run, uses_torch: bool = True) -> None:
+    """Run one stage in this process and exit. A stage without torch says so and starts two seconds earlier.
+
+    `program` is the caller's own name, tasks/<program>.py: that of its step, or an algorithm.
+    """
     fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("glm").setLevel(logging.INFO)  # what the library chose, a line a choice
         params = load_params()
-        entry = stage_entry(step)
+        entry = stage_entry(step_of(program, params), params.algorithm)
         seed_everything(params.seed, uses_torch)
-        run_stage(step, run, params, entry)
+        run_stage(program, run, params, entry)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -205,8 +208,23 @@ def main(step: str, run: Run, uses_torch: bool = True) -> None:
         sys.exit(1)
 
 
+def step_of(program: str, params: Params) -> str:
+    """The stage of dvc.yaml that `program` runs.
+
+    Raises:
+        InputError: it is an algorithm, and params.yaml names another one.
+    """
+    names = programs(params.algorithm)
+    if program not in names:
+        raise InputError(
+            f"params.yaml: algorithm is {params.algorithm!r}, but this is python -m tasks.{program}: set algorithm: "
+            f"{program}, or call tasks.{params.algorithm}"
+        )
+    return STEPS[names.index(program)]
+
+
 def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
-    """Call `run` inside the step's MLflow run and write what it returned."""
+    """Call `run` inside the MLflow run of the program `step` and write what it returned."""
     started = time.monotonic()
     hashes = {f"dvc.in.{path}": digest for path, digest in input_hashes(entry).items()}
     experiment = {"glmflow.dvc_exp_name": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
@@ -215,7 +233,8 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     tracker = StepRun(step, params, used, tags)
     fingerprint = hashlib.sha256(json.dumps([hashes, used], sort_keys=True).encode()).hexdigest()[:16]
     stage = Stage(step, params, tracker, fingerprint)
-    done = STEPS[: STEPS.index(step)]
+    names = programs(params.algorithm)
+    done = names[: names.index(step)]
     try:
         metrics = {name: _number(value) for name, value in run(stage).items()}
         _write_outputs(stage, entry, metrics)
@@ -309,6 +328,7 @@ def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, A
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),
+        "cpu_seconds": round(time.process_time(), 1),  # of all threads; unlike the clock's, not of other work
         "peak_memory_gb": _peak_memory() / 1e9,
         "speed": {name: sum(values) / len(values) for name, values in stage.speeds.items()},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -261,7 +261,7 @@ def create_parent(
     model = params.model.path + (f" at {params.model.revision}" if params.model.revision else "")
     description = (
         f"One run of the RLHF pipeline on `{model}`: SFT on {', '.join(params.data.sft)}, reward model on "
-        f"{', '.join(params.data.reward)}, PPO on {', '.join(params.data.ppo)}.\n\nEach step is a run below this one. "
+        f"{', '.join(params.data.reward)}, then {params.algorithm.upper()}.\n\nEach step is a run below this one. "
         "A tag `glmflow.run.<step>` names the run that made a step's output: an older one if DVC restored it."
     )
     described = {"mlflow.note.content": description, "glmflow.step": "pipeline"}

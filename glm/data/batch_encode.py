@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glm.config import Data
-from glm.data.encode import IGNORED, Message, Row, encode_row, is_clearly_within, with_prefix
+from glm.data.encode import IGNORED, Message, Row, answer_start, encode_row, is_clearly_within, with_prefix
 from glm.models.chat_templates import CHATGLM2, CHATGLM3
 from glm.models.tokenization_chatglm2 import ChatGLM2Tokenizer
 
@@ -86,17 +86,19 @@ class RowEncoder:
     def _example(self, row: Row, sequences: list[tuple[list[int], list[int]] | None]) -> Example | None:
         """A row by the ids and labels of its dialogues; None if one has to go the long way."""
         is_prompt = not row.keys() & {"messages", "answers", "label"}
+        starts = []
         for sequence in sequences:
             if sequence is None:
                 return None
             ids, labels = sequence
             if is_prompt:
                 return {"input_ids": ids, "truncated": False} if len(ids) <= self.params.max_source_length else None
-            answer_at = len(labels) - labels[::-1].index(IGNORED)
-            if not is_clearly_within(answer_at, len(ids), self.params):
+            starts.append(answer_start(labels))
+            if not is_clearly_within(starts[-1], len(ids), self.params):
                 return None
         if "answers" in row:
-            return {"sequences": [sequence[0] for sequence in sequences if sequence], "truncated": False}
+            whole = [sequence[0] for sequence in sequences if sequence]
+            return {"sequences": whole, "starts": starts, "truncated": False}
         example = {"input_ids": ids, "labels": labels, "truncated": False}
         return {**example, "label": row["label"]} if "label" in row else example
 

@@ -48,13 +48,17 @@ def dialogue(tokenizer: PreTrainedTokenizerBase, messages: list[Message], params
 
 
 def rankings(tokenizer: PreTrainedTokenizerBase, row: Row, params: Data) -> dict[str, Any]:
-    """A prompt with each of its ranked answers, best first: `sequences`, and whether one is `truncated`."""
+    """A prompt with each of its ranked answers, best first.
+
+    `sequences`, `starts` (where the answer begins in each of them), and whether one is `truncated`.
+    """
     whole = [
         dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": answer}], params)
         for answer in row["answers"]
     ]
     return {
         "sequences": [example["input_ids"] for example in whole],
+        "starts": [answer_start(example["labels"]) for example in whole],
         "truncated": any(example["truncated"] for example in whole),
     }
 
@@ -62,8 +66,8 @@ def rankings(tokenizer: PreTrainedTokenizerBase, row: Row, params: Data) -> dict
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, params: Data) -> dict[str, Any]:
     """A prepared row (glm.data.contract) as token ids.
 
-    sft: `input_ids`, `labels`. reward: `sequences`. ppo: `input_ids` of the prompt. kto: `input_ids` and `labels` of
-    prompt and answer, and its `label`. All: `truncated`.
+    sft: `input_ids`, `labels`. reward: `sequences`, `starts`. ppo: `input_ids` of the prompt. kto: `input_ids` and
+    `labels` of prompt and answer, and its `label`. All: `truncated`.
     """
     if "messages" in row:
         return dialogue(tokenizer, row["messages"], params)
@@ -122,6 +126,11 @@ def _uncut(tokenizer: PreTrainedTokenizerBase, messages: list[Message], params: 
     if not is_clearly_within(answer_at, len(chat.input_ids), params):
         return None
     return {"input_ids": chat.input_ids, "labels": _labels(chat), "truncated": False}
+
+
+def answer_start(labels: list[int]) -> int:
+    """Where the last answer of a dialogue begins."""
+    return len(labels) - labels[::-1].index(IGNORED)
 
 
 def is_clearly_within(answer_at: int, total: int, params: Data) -> bool:

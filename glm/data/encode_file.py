@@ -93,7 +93,7 @@ def to_batch(examples: list[Example]) -> "pyarrow.RecordBatch":
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
-    types = {"input_ids": ids, "labels": ids, "sequences": pyarrow.list_(ids)}
+    types = {"input_ids": ids, "labels": ids, "starts": ids, "sequences": pyarrow.list_(ids)}
     return pyarrow.RecordBatch.from_pydict(
         {
             name: pyarrow.array([example[name] for example in examples], types.get(name, pyarrow.bool_()))

@@ -78,6 +78,18 @@ def draw(scores: np.ndarray, sizes: list[int], lengths: list[int], title: str) -
     return figure
 
 
+def draw_rewards(rewards: list[float], title: str) -> "Figure":
+    """The histogram of answers' rewards."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="reward", ylabel="answers")
+    axes.hist(rewards, bins=30)
+    axes.axvline(sum(rewards) / len(rewards), color="black", linewidth=1)
+    return figure
+
+
 def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(sizes)[:-1])
 

@@ -182,7 +182,9 @@ class Variants:
         if copy_of is not None and method == "freeze":
             start = methods.read_weights(Path(copy_of))
         else:
-            names = methods.chosen_weights(causal, shape) if method == "freeze" else list(self._own)
+            names = list(self._own)
+            if method == "freeze":
+                names = [plain_name(name) for name in methods.chosen_weights(causal, shape)]  # LoRAs may be on them
             start = {name: variant.weights.get(name, self._own[name]).detach() for name in names}
         device = causal.device
         self.trained = {

@@ -5,20 +5,22 @@
     reference   the SFT model, frozen: the KL penalty is taken to it
     reward      the reward model and its head, frozen
 
-"base" stands for the base as it is.
+"base" stands for the base as it is. A second reward model, the judge, may be added; and the reward may come from
+outside (`glm.training.external_reward`).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Evaluate, Method, Ppo, Sft
+from glm.config import Method, Sft
 from glm.data.collate import pad, pad_ids
 from glm.generation import decode_step
 from glm.generation.decode import generate
@@ -44,6 +46,17 @@ class NewPolicy:
     copy_of: Path | None = None
 
 
+class Sampling(Protocol):
+    """The parameters by which answers are drawn: a section of params.yaml."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+
+
 @dataclass
 class Batch:
     """Prompts with their answers. Shapes: n sequences, t tokens of the longest, a tokens of the longest answer."""
@@ -63,6 +76,13 @@ class Batch:
             self.where[chosen],
             self.mask[chosen],
         )
+
+    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts and the answers as lists of token ids."""
+        starts, lengths = (self.where[:, 0] + 1).tolist(), self.mask.sum(-1).long().tolist()
+        prompts = [ids[:start] for ids, start in zip(self.input_ids.tolist(), starts, strict=True)]
+        answers = [ids[:length] for ids, length in zip(self.answers.tolist(), lengths, strict=True)]
+        return prompts, answers
 
     def parts(self) -> list["Batch"]:
         """The sequences in forward passes of at most FORWARD_TOKENS."""
@@ -94,15 +114,23 @@ class Actors(nn.Module):
         reference: Path,
         reward: Path,
         beneath: Sequence[str | Path] = (),
+        scorer: Callable[[Batch], Tensor] | None = None,
+        judge: Path | None = None,
     ) -> None:
         """Put saved artifacts on `base`, which itself stands on those in `beneath`.
 
-        A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation.
+        A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation. A `scorer`
+        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`.
         """
         super().__init__()
         self.variants = Variants(base, beneath)
         self.variants.add("reference", reference)
         self.variants.add("reward", reward)
+        self.judge_head: nn.Linear | None = None
+        if judge is not None:
+            self.variants.add("judge", judge)
+            self.judge_head = load_score(judge).requires_grad_(False).to(base.device)
+        self.scorer = scorer
         if isinstance(policy, NewPolicy):
             self.variants.add_trained("policy", policy.method, policy.shape, below=policy.below, copy_of=policy.copy_of)
         elif methods.method_of(policy) == "lora" and not (policy / lineage.FILE_NAME).exists():
@@ -151,7 +179,7 @@ class Actors(nn.Module):
         self,
         prompts: list[list[int]],
         tokenizer: PreTrainedTokenizerBase,
-        params: Ppo | Evaluate,
+        params: Sampling,
         adapter: str = "policy",
     ) -> Samples:
         """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
@@ -184,13 +212,24 @@ class Actors(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """Reward of each prompt + answer [n], read at its last token."""
-        self.use("reward")
+        """Reward of each prompt + answer [n], read at its last token, or as the `scorer` says."""
+        if self.scorer is not None:
+            return self.scorer(batch).to(self.model.device)
+        return self._score(batch, "reward", self.reward_head)
+
+    @torch.no_grad()
+    def judge_score(self, batch: Batch) -> Tensor:
+        """What the judge thinks of each prompt + answer [n]."""
+        assert self.judge_head is not None
+        return self._score(batch, "judge", self.judge_head)
+
+    def _score(self, batch: Batch, variant: str, head: nn.Linear) -> Tensor:
+        self.use(variant)
         last = []
         for part in batch.parts():
             ends = part.attention_mask.sum(-1) - 1
             last.append(self._hidden(part)[torch.arange(len(ends), device=ends.device), ends])
-        return self.reward_head(torch.cat(last).float()).squeeze(-1)
+        return head(torch.cat(last).float()).squeeze(-1)
 
     @torch.no_grad()
     def logprobs(self, adapter: str, batch: Batch, temperature: float) -> Tensor:

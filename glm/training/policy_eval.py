@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from glm.config import Evaluate, Ppo
 from glm.data.encode import end_id
-from glm.training.actors import Actors, pack
+from glm.training.actors import Actors, Sampling, pack
 
 
 @dataclass
@@ -26,7 +25,7 @@ def judge(
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    params: Ppo | Evaluate,
+    params: Sampling,
     *,
     seed: int,
     adapter: str = "policy",
@@ -44,7 +43,7 @@ def evaluate(
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    params: Ppo | Evaluate,
+    params: Sampling,
     *,
     seed: int,
     adapter: str = "policy",

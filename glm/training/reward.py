@@ -1,8 +1,7 @@
 """Reward model: a tuned model and a scalar head that give the better answer the higher score.
 
-The score of a sequence is the head's value at its last token, the answer's end. The loss is the pairwise logistic one,
--log sigmoid(r_better - r_worse), averaged over the pairs of each ranking (Ouyang et al. 2022, eq. 1), by a logsigmoid
-that does not underflow.
+The score of a sequence is the head's value at its last token, the answer's end. The loss is in
+`glm.training.ranking_loss`. The prompt of a ranking is computed once for each of its answers.
 """
 
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from glm.training.checkpoint import Checkpoints
 from glm.training.guards import say_what_comes
 from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.plan import plan
+from glm.training.ranking_loss import ranking_loss
 from glm.training.trainer import Log, Progress, require_rows, trainer_for
 
 
@@ -43,12 +43,14 @@ class RewardModel(nn.Module):
 class RewardLoss(nn.Module):
     """Maps a micro-batch of `RankingCollator` to the sum of its rankings' losses."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel, params: Reward) -> None:
         super().__init__()
         self.model = model
+        self.params = params
 
     def forward(self, sizes: list[int], **inputs: Any) -> Tensor:
-        return pairwise_loss(self.model(**inputs), sizes) * len(sizes)
+        losses = [ranking_loss(ranking, self.params) for ranking in self.model(**inputs).split(sizes)]
+        return torch.stack(losses).sum()
 
 
 class RankingCollator:
@@ -122,7 +124,7 @@ def train(
     trained, total = trainable_count(reward_model)
     steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
     say_what_comes(backbone, params.method, params, steps, stage="reward")
-    loss = RewardLoss(reward_model)
+    loss = RewardLoss(reward_model, params)
     collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
     options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
     with trainer_for(loss, backbone, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:

@@ -141,6 +141,13 @@ def test_wrong_params_stop_before_anything_is_written(tmp_path: Path, store: str
     assert files(folder) == before
 
 
+def test_a_program_of_another_algorithm_is_refused(tmp_path: Path, store: str) -> None:
+    folder = project(tmp_path, "return {}", step="dpo")
+    done = start(folder, store)
+    assert done.returncode == 2
+    assert "algorithm is 'ppo', but this is python -m tasks.dpo: set algorithm: dpo" in done.stderr
+
+
 def test_wrong_input_is_one_message_and_no_output(tmp_path: Path, store: str) -> None:
     folder = project(tmp_path, 'raise InputError("data/rows/train.jsonl: line 3: no answer")')
     result = start(folder, store)

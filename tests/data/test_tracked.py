@@ -88,5 +88,5 @@ def test_the_folder_of_params_yaml_is_what_fetch_depends_on(tmp_path: Path) -> N
     """Wherever it is: an edited file there must not be taken for the old one."""
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "params.yaml").write_text("data: {dataset_dir: ../elsewhere}\n")
-    assert "../elsewhere" in stage_entry("fetch", tmp_path / "dvc.yaml").deps
-    assert "data" in stage_entry("fetch", ROOT / "dvc.yaml").deps
+    assert "../elsewhere" in stage_entry("fetch", "ppo", tmp_path / "dvc.yaml").deps
+    assert "data" in stage_entry("fetch", "ppo", ROOT / "dvc.yaml").deps

@@ -153,7 +153,7 @@ def test_flex_attention_reads_packed_rows_as_its_cpu_stand_in_does(monkeypatch: 
 def test_packed_rankings_are_the_padded_run() -> None:
     model = adapted("glm")
     head = torch.nn.Linear(32, 1, bias=False)
-    module = RewardLoss(RewardModel(model, head))
+    module = RewardLoss(RewardModel(model, head), Reward())
     sequences = [example["input_ids"] for example in examples(9)]
     rankings = [{"sequences": sequences[:2]}, {"sequences": sequences[2:5]}, {"sequences": sequences[5:7]}]
     rankings.append({"sequences": sequences[7:]})

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import psutil
@@ -16,7 +16,8 @@ import pytest
 
 from flows import guard
 from flows.server import free_port, wait_until_up
-from tasks import STEPS
+from glm.config import Algorithm
+from tasks import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -109,7 +110,7 @@ def copy_checkout(root: Path) -> None:
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists() and name != "dvc.lock":
+        if (ROOT / name).is_file() and name != "dvc.lock":
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
 
@@ -146,8 +147,8 @@ def project(tmp_path: Path, prefect_api: str) -> Iterator[Project]:
     home.mkdir()
     copy_checkout(root)
     shutil.copy(HERE / "trivial_stage.py", root / "tasks" / "trivial.py")
-    for step in STEPS:
-        (root / "tasks" / f"{step}.py").write_text(f"from tasks.trivial import main\n\nmain({step!r})\n")
+    for program in {program for algorithm in get_args(Algorithm) for program in programs(algorithm)}:
+        (root / "tasks" / f"{program}.py").write_text(f"from tasks.trivial import main\n\nmain({program!r})\n")
     with (root / "flows" / "registry.py").open("a") as file:
         file.write((HERE / "trivial_registry.py").read_text())
     project = Project(root, home, prefect_api)

@@ -110,7 +110,21 @@ def test_queued_experiments_end_in_the_same_table(project: Project) -> None:
     assert project.executed() == []
 
 
+def test_algorithms_are_compared_by_what_each_of_them_trained(project: Project) -> None:
+    project.commit()
+
+    output = compare(project, "--algorithms", "ppo,dpo")
+
+    assert "exit status 0" in output
+    shared = [*SHARED, *CELL, "reward", "reward_judge"]
+    assert project.executed() == [*shared, "ppo", "evaluate", "dpo", "evaluate"]
+    cells = {cell["variant"]: cell for cell in lines(project, "algorithms")}
+    assert {name: float(cell["kl"]) for name, cell in cells.items()} == {"ppo": 6.0, "dpo": 6.0}
+
+
 def test_a_wrong_comparison_runs_nothing(project: Project) -> None:
     output = compare(project, "-S", "sft.lora_rnk=4,8", check=False)
     assert "exit status 2" in output and "did you mean sft.lora_rank?" in output and "Traceback" not in output
+    output = compare(project, "--algorithms", "ppo,qpo", check=False)
+    assert "exit status 2" in output and "variant 'qpo'" in output and "'qpo'" in output and "Traceback" not in output
     assert project.executed() == [] and not Path(project.root, "mlruns").exists()

@@ -12,7 +12,7 @@ import pytest
 from flows import guard
 from flows.server import free_port
 from glm.config import load_params
-from tasks import STEPS
+from tasks import programs
 from tests.pipeline.conftest import Project, last_run, query
 
 
@@ -94,7 +94,7 @@ def test_deployment(deployed: Project) -> None:
     deploy(deployed, "start", "--port", url.split(":")[2].removesuffix("/api"))
     assert last_run(url)["state"]["type"] == "CANCELLED"
     deployed.command(*run, 'overrides={"ppo.learning_rate": 2e-5}', "--watch")
-    assert deployed.executed() == list(STEPS[3:])
+    assert deployed.executed() == list(programs("ppo")[3:])
     assert deployed.git("status", "--porcelain") == ""
     assert deployed.dvc("exp", "list", "--name-only").split() == [last_run(url)["name"]]
 

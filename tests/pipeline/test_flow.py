@@ -11,16 +11,17 @@ import pytest
 
 from flows.dvc_stage import run_cache_key
 from glm.config import load_params
-from tasks import STEPS
+from tasks import STEPS, programs
 from tests.pipeline.conftest import Project, last_run, query
 
-CACHED = dict.fromkeys(STEPS, "Cached")
-EXECUTED = dict.fromkeys(STEPS, "Completed")
+PROGRAMS = programs("ppo")
+CACHED = dict.fromkeys(PROGRAMS, "Cached")
+EXECUTED = dict.fromkeys(PROGRAMS, "Completed")
 
 
 def test_flow_after_repro_executes_nothing(project: Project, prefect_api: str) -> None:
     project.dvc("repro")
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     lock = (project.root / "dvc.lock").read_bytes()
 
     output = project.flow().stdout
@@ -71,7 +72,7 @@ def test_flow_after_repro_executes_nothing(project: Project, prefect_api: str) -
 
 def test_repro_after_flow_executes_nothing(project: Project, prefect_api: str) -> None:
     project.flow()
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     assert last_run(prefect_api)["tasks"] == EXECUTED | {"register": "Completed"}
     run = {"flow_runs": {"id": {"any_": [last_run(prefect_api)["id"]]}}}
     artifacts = {artifact["key"]: artifact["data"] for artifact in query(prefect_api, "artifacts/filter", run)}
@@ -100,7 +101,7 @@ def test_a_failed_stage_fails_the_flow(project: Project, prefect_api: str) -> No
     assert mlflow_status(project.root) == "FAILED"
 
     project.flow()
-    assert project.executed() == ["sft", "evaluate_sft", "reward", "ppo", "evaluate", "export"]
+    assert project.executed() == ["sft", "evaluate_sft", "reward", "reward_judge", "ppo", "evaluate", "export"]
     assert mlflow_status(project.root) == "FINISHED"
 
 
@@ -116,7 +117,7 @@ def test_network_stages_are_tried_again_unless_the_input_is_refused(project: Pro
 def test_without_a_server_the_flow_brings_its_own(project: Project) -> None:
     del project.env["PREFECT_API_URL"]
     done = project.flow()
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(PROGRAMS)
     assert "Before and after" in done.stdout
     assert done.stderr == ""  # quiet
     project.assert_nothing_runs()
@@ -178,12 +179,38 @@ def test_overrides_run_in_a_workspace(project: Project) -> None:
     assert project.executed() == []
 
 
+def test_each_algorithm_has_its_own_results(project: Project, prefect_api: str) -> None:
+    project.flow()
+    assert project.executed() == list(PROGRAMS)
+    lock = (project.root / "dvc.lock").read_bytes()
+    params = (project.root / "params.yaml").read_text()
+    (project.root / "params.yaml").write_text(params.replace("\nalgorithm: ppo", "\nalgorithm: dpo", 1))
+
+    output = project.flow().stdout
+
+    assert project.executed() == ["dpo", "evaluate", "export"]
+    assert last_run(prefect_api)["tasks"]["dpo"] == "Completed" and "DPO" in output
+    assert json.loads((project.root / "models" / "dpo" / "made_with.json").read_text())["dpo.beta"] == 0.1
+    assert (project.root / "metrics" / "dpo.json").exists()
+    assert "up to date" in project.dvc("repro")
+    # PPO's code and knobs are no business of DPO's
+    with (project.root / "glm" / "training" / "ppo.py").open("a") as file:
+        file.write("\n# changed\n")
+    project.set_param("ppo.learning_rate", "5.0e-4", "2.0e-3")
+    project.dvc("repro")
+    assert project.executed() == []
+    project.git("checkout", "--quiet", "glm", "params.yaml")
+    project.flow()
+    assert project.executed() == []
+    assert (project.root / "dvc.lock").read_bytes() == lock
+
+
 def test_two_flows_at_once_execute_each_stage_once(project: Project) -> None:
     flows = [project.start_flow(SLEEP_sft="2"), project.start_flow("-S", "seed=42", SLEEP_sft="2")]
     for flow in flows:
         _, errors = flow.communicate(timeout=180)
         assert flow.returncode == 0, errors
-    assert sorted(project.executed()) == sorted(STEPS)
+    assert sorted(project.executed()) == sorted(PROGRAMS)
 
 
 def mlflow_status(root: Path) -> str:

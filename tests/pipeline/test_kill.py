@@ -13,7 +13,7 @@ import pytest
 from flows import guard
 from tests.pipeline.conftest import Project, last_run
 
-REST = ["sft", "evaluate_sft", "reward", "ppo", "evaluate", "export"]
+REST = ["sft", "evaluate_sft", "reward", "reward_judge", "ppo", "evaluate", "export"]
 
 
 def test_kill_9_leaves_no_process_and_the_next_run_goes_on(project: Project) -> None:

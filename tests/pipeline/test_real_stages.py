@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.workspace import write_overrides
-from tasks import STEPS
+from tasks import programs
 from tests.pipeline.conftest import Project, copy_checkout, last_run
 
 TINY = {
@@ -46,7 +46,7 @@ def real_project(tmp_path: Path, prefect_api: str) -> Project:
 def test_flow_and_repro_make_the_same(real_project: Project, tmp_path: Path, prefect_api: str) -> None:
     project = real_project
     output = project.flow().stdout
-    assert last_run(prefect_api)["tasks"] == dict.fromkeys([*STEPS, "register"], "Completed")
+    assert last_run(prefect_api)["tasks"] == dict.fromkeys([*programs("ppo"), "register"], "Completed")
     assert "rlhf-policy version 1, alias challenger" in output
     assert (project.root / "models" / "export" / "model.safetensors").exists()
     metrics = json.loads((project.root / "metrics" / "evaluate.json").read_text())

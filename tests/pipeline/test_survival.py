@@ -15,7 +15,7 @@ import pytest
 
 from flows import guard
 from flows.server import free_port, wait_until_up
-from tasks import STEPS
+from tasks import programs
 from tests.pipeline.conftest import Project, last_run
 from tests.pipeline.test_deploy import api, deploy, deployed, wait_until  # noqa: F401
 
@@ -38,7 +38,7 @@ def test_kill_9_at_random_moments(project: Project) -> None:
     seed = int(os.environ.get("GLMFLOW_KILL_SEED", random.randrange(10**6)))
     print(f"GLMFLOW_KILL_SEED={seed}")
     chance = random.Random(seed)
-    project.env |= {f"SLEEP_{step}": "0.5" for step in STEPS}
+    project.env |= {f"SLEEP_{step}": "0.5" for step in programs("ppo")}
     for trial in range(TRIALS):
         path = project.root / "params.yaml"
         path.write_text(path.read_text().replace(f"seed: {42 + trial}\n", f"seed: {43 + trial}\n", 1))
@@ -85,7 +85,7 @@ def test_the_prefect_server_dies_in_the_middle(project: Project, server: tuple[s
     assert flow.returncode == 0, errors
     assert "Before and after" in output
     assert "going on without it" in errors
-    assert project.executed() == list(STEPS)  # each once
+    assert project.executed() == list(programs("ppo"))  # each once
     assert_whole(project)
 
 
@@ -93,7 +93,7 @@ def test_no_prefect_server_at_the_start(project: Project) -> None:
     project.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     done = project.flow()
     assert "does not answer" in done.stderr
-    assert project.executed() == list(STEPS)
+    assert project.executed() == list(programs("ppo"))
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_worker_and_run_killed_together_leave_the_slot(deployed: Project) -> Non
     deploy(deployed, "start")
     deployed.command(*run, "--watch")
     assert time.monotonic() - started < 150
-    assert deployed.executed() == list(STEPS[3:])
+    assert deployed.executed() == list(programs("ppo")[3:])
     assert last_run(url)["state"]["type"] == "COMPLETED"
     found = deployed.command("prefect", "flow-run", "ls", "--state-type", "CRASHED").stdout
     assert dead["name"][:8] in found

@@ -1,0 +1,91 @@
+"""Group relative policy optimisation (Shao et al. 2024, eq. 3 and 4), by TRL's GRPOTrainer.
+
+Advantages are an answer's reward less the mean of those to the same prompt, divided by their spread; there is no value
+head.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from glm.config import Grpo
+from glm.training import trl_policy
+from glm.training.actors import Actors
+
+NAMES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl_per_token",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "clip_fraction",
+    "completions/mean_length": "response_length",
+    "completions/clipped_ratio": "truncated",
+    "frac_reward_zero_std": "zero_spread",
+}
+
+
+def train(
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    dev_prompts: list[list[int]],
+    params: Grpo,
+    *,
+    seed: int,
+    **options: Any,
+) -> dict[str, float]:
+    """Train the policy adapter in place on `prompts`; see `trl_policy.run` for the rest and the options.
+
+    Curves: `loss`, `reward` and `reward_std` of the answers, `kl_per_token` to the reference, `entropy`,
+    `clip_fraction`, `response_length`, `truncated`, and `zero_spread`, the share of prompts whose answers score alike.
+
+    Raises:
+        InputError: fewer prompts than one batch.
+    """
+
+    def make_trainer(folder: Path) -> Trainer:
+        return make(actors, tokenizer, prompts, params, folder, seed)
+
+    return trl_policy.run(make_trainer, actors, tokenizer, dev_prompts, params, NAMES, seed=seed, **options)
+
+
+def make(
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    params: Grpo,
+    folder: Path,
+    seed: int,
+) -> Trainer:
+    """TRL's trainer with our rollouts and rewards; its prompts are token ids."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class TokenGRPOTrainer(trl_policy.PolicyCheckpoints, GRPOTrainer):
+        """Takes token-id prompts as they are, and answers by our decoder; TRL would encode and call `generate`."""
+
+        policy = actors.policy
+
+        def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            return prompts, None, {}
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
+            return actors.sample(prompt_ids, tokenizer, params).answers, None
+
+    args = GRPOConfig(
+        **trl_policy.arguments(params, folder, seed),
+        **trl_policy.online_arguments(params),
+        loss_type=params.loss_type,
+        scale_rewards=params.scale_rewards,
+    )
+    return TokenGRPOTrainer(
+        model=actors.model,
+        reward_funcs=trl_policy.reward_function(actors, tokenizer),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": trl_policy.in_order(prompts, params, seed)}),
+        processing_class=tokenizer,
+    )

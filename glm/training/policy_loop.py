@@ -1,0 +1,136 @@
+"""The loop that DPO, RRHF and RAFT share: optimizer, schedule, looks at held-out prompts, checkpoints.
+
+    def gradients(step):                 # adds the gradient of the loss of one step, returns numbers for the curves
+        ...
+    numbers = run(actors, tokenizer, dev_prompts, params, gradients, seed=…, log=…, …)
+
+PPO has a loop of its own (`glm.training.ppo`), TRL's trainers theirs (`glm.training.trl_policy`).
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from glm.config import Rival
+from glm.data.encode import end_id
+from glm.errors import InputError
+from glm.training.actors import Actors
+from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.policy_eval import Judged, judge, summary
+from glm.training.trainer import Log, Progress
+
+Gradients = Callable[[int], dict[str, float]]
+Show = Callable[[int, Judged], None]  # (step, answers to the dev prompts)
+
+
+def run(
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    dev_prompts: list[list[int]],
+    params: Rival,
+    gradients: Gradients,
+    *,
+    seed: int,
+    log: Log,
+    progress: Progress,
+    log_speed: Log | None = None,
+    show: Show | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, float]:
+    """Train the policy adapter in place for `params.max_steps` optimizer steps.
+
+    Every `eval_steps` the policy is looked at on `dev_prompts` (eval_reward, eval_kl, …). Returns reward, KL, length
+    before and after. With `checkpoints` the state is saved every `save_steps`, and a training that finds one there goes
+    on from it: on the CPU the result is bit for bit that of an unbroken run, if `gradients` depends on the step, the
+    policy and torch's generators only. Points logged before the break are logged again.
+
+    Raises:
+        InputError: no dev prompts.
+        FloatingPointError: the gradient became NaN or infinite.
+    """
+    if not dev_prompts:
+        raise InputError("a policy's progress is measured on dev prompts, and there are none: raise data.dev_ratio")
+    policy = list(actors.policy.values())
+    optimizer = torch.optim.AdamW(policy, lr=params.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(params.lr_scheduler_type, optimizer, params.warmup_steps, params.max_steps)
+    curves: list[tuple[int, dict[str, float]]] = []
+    done = 0
+
+    def record(step: int, values: dict[str, float]) -> None:
+        curves.append((step, values))
+        log(step, values)
+
+    def look(step: int) -> dict[str, float]:
+        judged = judge(actors, tokenizer, dev_prompts, params, seed=seed)
+        if show:
+            show(step, judged)
+        return summary(judged, end_id(tokenizer))
+
+    found = checkpoints.latest() if checkpoints else None
+    if found is None:
+        before = after = look(0)
+        record(0, {f"eval_{name}": value for name, value in before.items()})
+    else:
+        done, state = found
+        before, after = state["before"], state["after"]
+        for at, values in state["curves"]:
+            record(at, values)
+        _restore(actors, optimizer, schedule, state)
+
+    for step in range(done + 1, params.max_steps + 1):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        numbers = gradients(step) | {"learning_rate": schedule.get_last_lr()[0]}
+        numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy, params.max_grad_norm).item()
+        if not torch.isfinite(torch.tensor(numbers["grad_norm"])):
+            raise FloatingPointError(f"step {step}: the gradient's norm is {numbers['grad_norm']}")
+        optimizer.step()
+        schedule.step()
+        if log_speed:
+            seconds = time.perf_counter() - started
+            log_speed(step, {"learn_seconds": seconds, "examples_per_second": params.batch_size / seconds})
+        if step % params.eval_steps == 0 or step == params.max_steps:
+            after = look(step)
+            numbers |= {f"eval_{name}": value for name, value in after.items()}
+        record(step, numbers)
+        progress(step, params.max_steps)
+        if checkpoints and step % params.save_steps == 0 and step < params.max_steps:
+            state = {"before": before, "after": after, "curves": curves}
+            checkpoints.save(step, _state(actors, optimizer, schedule) | state)
+    return {"steps": params.max_steps, **{f"{name}_before": value for name, value in before.items()}, **after}
+
+
+def batch_at(step: int, size: int, batch_size: int, seed: int) -> list[int]:
+    """The indices of the batch of a step (from 1): each epoch in a new order, its incomplete last batch left out.
+
+    Raises:
+        InputError: fewer rows than one batch.
+    """
+    per_epoch = size // batch_size
+    if per_epoch == 0:
+        raise InputError(f"batch_size {batch_size} is more than the {size} training rows")
+    epoch, place = divmod(step - 1, per_epoch)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _state(actors: Actors, optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    return {
+        "policy": {name: parameter.detach() for name, parameter in actors.policy.items()},
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "rng": rng_state(),
+    }
+
+
+@torch.no_grad()
+def _restore(actors: Actors, optimizer: torch.optim.Optimizer, schedule: Any, state: dict[str, Any]) -> None:
+    for name, parameter in actors.policy.items():
+        parameter.copy_(state["policy"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    set_rng_state(state["rng"])

@@ -1,0 +1,66 @@
+"""RAFT: reward-ranked fine-tuning (Dong et al. 2023, algorithm 1): the policy learns the best of its own answers.
+
+A step draws `num_generations` answers to each of `batch_size` prompts, keeps the one with the highest reward, and takes
+one gradient step on the cross entropy of those. With `beta` the reward is less β log π/π_ref of the answer (the paper's
+KL-regularised variant).
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from glm.config import Raft
+from glm.training.actors import Actors, pack
+from glm.training.policy_eval import repetition
+from glm.training.policy_loop import batch_at, run
+
+
+def train(
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    dev_prompts: list[list[int]],
+    params: Raft,
+    *,
+    seed: int,
+    **options: Any,
+) -> dict[str, float]:
+    """Train the policy adapter in place on `prompts`; see `policy_loop.run` for the rest and the options.
+
+    Curves: `reward` and `reward_std` of all answers, `best_reward` of those that are learned, their `loss` in nats a
+    token, `kl` (k1, nats an answer), `response_length`, `repetition`.
+    """
+    count = params.num_generations
+
+    def gradients(step: int) -> dict[str, float]:
+        asked = [prompts[index] for index in batch_at(step, len(prompts), params.batch_size, seed)]
+        repeated = [prompt for prompt in asked for _ in range(count)]
+        samples = actors.sample(repeated, tokenizer, params)
+        batch = pack(repeated, samples.answers, tokenizer.pad_token_id, actors.model.device)
+        scores = actors.score(batch)
+        kl = (samples.logprobs - actors.logprobs("reference", batch, params.temperature)).sum(-1)
+        best = best_of(scores - params.beta * kl, count)
+        tokens = batch.mask[best].sum()
+        loss = 0.0
+        for part in batch.rows(best).parts():
+            logprobs, _, _ = actors("policy", part, 1.0)
+            part_loss = -logprobs.sum() / tokens
+            part_loss.backward()
+            loss += part_loss.item()
+        return {
+            "loss": loss,
+            "reward": scores.mean().item(),
+            "reward_std": scores.std().item(),
+            "best_reward": scores[best].mean().item(),
+            "kl": kl.mean().item(),
+            "response_length": batch.mask.sum(-1).mean().item(),
+            "repetition": repetition(samples.answers),
+        }
+
+    return run(actors, tokenizer, dev_prompts, params, gradients, seed=seed, **options)
+
+
+def best_of(rewards: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices [n / count] of the highest of each `count` rewards that follow each other."""
+    return rewards.view(-1, count).argmax(-1) + torch.arange(0, len(rewards), count, device=rewards.device)
