@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from glm import config
-from glm.data.encode import encode_row
+from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
 from glm.training.actors import Actors, NewPolicy, pack
 from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
+from tests.model.test_packing import adapted, prefix_examples
 from tests.model.test_ppo import TOKENIZER, make_actors, make_base, prompts, same, state_of
 
 COMMON = {"learning_rate": 3e-3, "batch_size": 4, "max_new_tokens": 8, "save_steps": 2, "eval_steps": 3}
@@ -138,6 +139,24 @@ def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> 
     assert len(rows_of(rows, packing, 64)) > 1
     reference = reference_logprobs(actors, rows, packing, TOKENIZER.pad_token_id, 64)
     torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
+
+
+def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
+    """ChatGLM-6B reads its prompts in both directions, in a packed row as in a padded one."""
+    base = adapted("chatglm1", lora_target=["query_key_value"]).unload()
+    actors, rows = make_actors(tmp_path, base), prefix_examples(6)
+    found = [
+        {
+            "sequences": [row["input_ids"] for row in pair],
+            "starts": [row["labels"].count(IGNORED) for row in pair],
+        }
+        for pair in (rows[:2], rows[2:4], rows[4:])
+    ]
+    packing = packing_of(actors, config.Dpo())
+    assert packing is not None and packing.prefix_lm is not None
+    packed, _ = answer_logprobs(actors, "policy", found, packing, base.config.pad_token_id)
+    padded, _ = answer_logprobs(actors, "policy", found, None, base.config.pad_token_id)
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
 
 
 def test_batches_go_through_all_rows_in_a_new_order_each_epoch() -> None:
