@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from flows.server import free_port
+from tasks import STEPS
 from tests.pipeline.conftest import HERE, Project, last_run, query
 from tests.pipeline.test_deploy import api, deploy, wait_until
 
@@ -36,7 +37,7 @@ def give_feedback(project: Project, name: str, answer: str = "很好") -> None:
 def test_retrain_promotes_refuses_and_rests(operated: Project, prefect_api: str) -> None:
     project = operated
     assert retrain(project) == "Promoted: rlhf-policy version 1 is the champion (before: none)"
-    assert len(project.executed()) == 8
+    assert len(project.executed()) == len(STEPS)
     assert project.git("status", "--porcelain") == ""
 
     started = time.monotonic()
@@ -101,7 +102,7 @@ def test_a_new_file_starts_a_retraining_that_waits_for_a_person(deployed: Projec
     resume(url, run["id"], answer)
     wait_until(lambda: state() == "Promoted", 120)
     assert "Li" in champion(deployed)
-    assert len(deployed.executed()) == 8  # once
+    assert len(deployed.executed()) == len(STEPS)  # once
 
 
 def resume(url: str, run: str, body: dict[str, object]) -> None:
