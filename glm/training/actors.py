@@ -155,6 +155,16 @@ class Actors(nn.Module):
         """Put one of policy, reference, reward and base in place; only the policy's parameters require a gradient."""
         self.variants.use(adapter)
 
+    def policy_state(self) -> dict[str, Tensor]:
+        """What training changes of the policy, for a checkpoint."""
+        return {name: parameter.detach() for name, parameter in self.policy.items()}
+
+    @torch.no_grad()
+    def load_policy_state(self, state: dict[str, Tensor]) -> None:
+        """Put the values of `policy_state` back."""
+        for name, parameter in self.policy.items():
+            parameter.copy_(state[name])
+
     def finish(self) -> None:
         """After the training: the policy is in place, in the model's own dtype."""
         self.use("policy")

@@ -7,25 +7,11 @@ head.
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from glm.config import Grpo
 from glm.training import trl_policy
 from glm.training.actors import Actors
-
-NAMES = {
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "kl": "kl_per_token",
-    "entropy": "entropy",
-    "clip_ratio/region_mean": "clip_fraction",
-    "completions/mean_length": "response_length",
-    "completions/clipped_ratio": "truncated",
-    "frac_reward_zero_std": "zero_spread",
-}
 
 
 def train(
@@ -47,10 +33,12 @@ def train(
         InputError: fewer prompts than one batch.
     """
 
-    def make_trainer(folder: Path) -> Trainer:
+    def make_trainer(folder: Path) -> trl_policy.PolicyCheckpoints:
         return make(actors, tokenizer, prompts, params, folder, seed)
 
-    return trl_policy.run(make_trainer, actors, tokenizer, dev_prompts, params, NAMES, seed=seed, **options)
+    return trl_policy.run(
+        make_trainer, actors, tokenizer, dev_prompts, params, trl_policy.ONLINE_NAMES, seed=seed, **options
+    )
 
 
 def make(
@@ -60,18 +48,12 @@ def make(
     params: Grpo,
     folder: Path,
     seed: int,
-) -> Trainer:
+) -> trl_policy.PolicyCheckpoints:
     """TRL's trainer with our rollouts and rewards; its prompts are token ids."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    class TokenGRPOTrainer(trl_policy.PolicyCheckpoints, GRPOTrainer):
-        """Takes token-id prompts as they are, and answers by our decoder; TRL would encode and call `generate`."""
-
-        policy = actors.policy
-
-        def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            return prompts, None, {}
+    class TokenGRPOTrainer(trl_policy.OnTokens, GRPOTrainer):
+        """Answers by our decoder; TRL would call `generate`."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
             return actors.sample(prompt_ids, tokenizer, params).answers, None
@@ -82,10 +64,4 @@ def make(
         loss_type=params.loss_type,
         scale_rewards=params.scale_rewards,
     )
-    return TokenGRPOTrainer(
-        model=actors.model,
-        reward_funcs=trl_policy.reward_function(actors, tokenizer),
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": trl_policy.in_order(prompts, params, seed)}),
-        processing_class=tokenizer,
-    )
+    return TokenGRPOTrainer(args=args, **trl_policy.online_inputs(actors, tokenizer, prompts, params, seed))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from glm.config import Kto
 from glm.data.encode import answer_start
@@ -52,7 +52,7 @@ def train(
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
 
-    def make_trainer(folder: Path) -> Trainer:
+    def make_trainer(folder: Path) -> trl_policy.PolicyCheckpoints:
         return make(actors, tokenizer, shuffled, params, folder, seed)
 
     return trl_policy.run(make_trainer, actors, tokenizer, dev_prompts, params, NAMES, seed=seed, **options)
@@ -60,15 +60,13 @@ def train(
 
 def make(
     actors: Actors, tokenizer: PreTrainedTokenizerBase, rows: list[Row], params: Kto, folder: Path, seed: int
-) -> Trainer:
+) -> trl_policy.PolicyCheckpoints:
     """TRL's trainer on rows that are token ids already, in their order."""
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
     class TokenKTOTrainer(trl_policy.PolicyCheckpoints, KTOTrainer):
         """Takes tokenised rows as they are; TRL would apply the chat template and encode."""
-
-        policy = actors.policy
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset

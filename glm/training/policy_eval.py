@@ -1,14 +1,18 @@
 """What a policy's sampled answers to held-out prompts are like: reward, KL, length, repetition."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
+from glm.errors import InputError
 from glm.training.actors import Actors, Sampling, pack
+from glm.training.trainer import Log
 
 
 @dataclass
@@ -18,6 +22,70 @@ class Judged:
     answers: list[list[int]]
     rewards: Tensor  # [n]
     kl: Tensor  # [n]
+
+
+Show = Callable[[int, Judged], None]  # (step, answers to the dev prompts)
+
+
+class Watch:
+    """The looks at the dev prompts during a training, and the points of its curves; both outlive a break.
+
+    `before` and `after` are the numbers of the first and the last look.
+    """
+
+    def __init__(
+        self,
+        actors: Actors,
+        tokenizer: PreTrainedTokenizerBase,
+        dev_prompts: list[list[int]],
+        params: Sampling,
+        *,
+        seed: int,
+        log: Log,
+        show: Show | None = None,
+    ) -> None:
+        """Raises InputError if there are no dev prompts."""
+        if not dev_prompts:
+            raise InputError("a policy's progress is measured on dev prompts, and there are none: raise data.dev_ratio")
+        self.actors, self.tokenizer, self.dev_prompts, self.params = actors, tokenizer, dev_prompts, params
+        self.seed, self.log, self.show = seed, log, show
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.curves: list[tuple[int, dict[str, float]]] = []
+
+    def start(self) -> None:
+        """The look before the first step."""
+        values = self.look(0)
+        self.before = self.after
+        self.record(0, values)
+
+    def look(self, step: int) -> dict[str, float]:
+        """Have the policy answer the dev prompts; the numbers as `eval_<name>`. The policy is in place afterwards."""
+        judged = judge(self.actors, self.tokenizer, self.dev_prompts, self.params, seed=self.seed)
+        self.actors.use("policy")
+        if self.show:
+            self.show(step, judged)
+        self.after = summary(judged, end_id(self.tokenizer))
+        return {f"eval_{name}": value for name, value in self.after.items()}
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Log a point of the curves."""
+        self.curves.append((step, values))
+        self.log(step, values)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"before": self.before, "after": self.after, "curves": self.curves}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; its points are logged again."""
+        self.before, self.after = state["before"], state["after"]
+        for step, values in state["curves"]:
+            self.record(step, values)
+
+    def result(self) -> dict[str, float]:
+        """The numbers after the training, and those before it as `<name>_before`."""
+        return {f"{name}_before": value for name, value in self.before.items()} | self.after
 
 
 @torch.no_grad()

@@ -16,15 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from glm.config import Rival
-from glm.data.encode import end_id
 from glm.errors import InputError
 from glm.training.actors import Actors
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.policy_eval import Judged, judge, summary
+from glm.training.policy_eval import Show, Watch
 from glm.training.trainer import Log, Progress
 
 Gradients = Callable[[int], dict[str, float]]
-Show = Callable[[int, Judged], None]  # (step, answers to the dev prompts)
 
 
 def run(
@@ -52,33 +50,17 @@ def run(
         InputError: no dev prompts.
         FloatingPointError: the gradient became NaN or infinite.
     """
-    if not dev_prompts:
-        raise InputError("a policy's progress is measured on dev prompts, and there are none: raise data.dev_ratio")
+    watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
     policy = list(actors.policy.values())
     optimizer = torch.optim.AdamW(policy, lr=params.learning_rate, weight_decay=0.0)
     schedule = get_scheduler(params.lr_scheduler_type, optimizer, params.warmup_steps, params.max_steps)
-    curves: list[tuple[int, dict[str, float]]] = []
     done = 0
-
-    def record(step: int, values: dict[str, float]) -> None:
-        curves.append((step, values))
-        log(step, values)
-
-    def look(step: int) -> dict[str, float]:
-        judged = judge(actors, tokenizer, dev_prompts, params, seed=seed)
-        if show:
-            show(step, judged)
-        return summary(judged, end_id(tokenizer))
-
     found = checkpoints.latest() if checkpoints else None
     if found is None:
-        before = after = look(0)
-        record(0, {f"eval_{name}": value for name, value in before.items()})
+        watch.start()
     else:
         done, state = found
-        before, after = state["before"], state["after"]
-        for at, values in state["curves"]:
-            record(at, values)
+        watch.restore(state)
         _restore(actors, optimizer, schedule, state)
 
     for step in range(done + 1, params.max_steps + 1):
@@ -94,14 +76,12 @@ def run(
             seconds = time.perf_counter() - started
             log_speed(step, {"learn_seconds": seconds, "examples_per_second": params.batch_size / seconds})
         if step % params.eval_steps == 0 or step == params.max_steps:
-            after = look(step)
-            numbers |= {f"eval_{name}": value for name, value in after.items()}
-        record(step, numbers)
+            numbers |= watch.look(step)
+        watch.record(step, numbers)
         progress(step, params.max_steps)
         if checkpoints and step % params.save_steps == 0 and step < params.max_steps:
-            state = {"before": before, "after": after, "curves": curves}
-            checkpoints.save(step, _state(actors, optimizer, schedule) | state)
-    return {"steps": params.max_steps, **{f"{name}_before": value for name, value in before.items()}, **after}
+            checkpoints.save(step, _state(actors, optimizer, schedule) | watch.state())
+    return {"steps": params.max_steps, **watch.result()}
 
 
 def batch_at(step: int, size: int, batch_size: int, seed: int) -> list[int]:
@@ -120,17 +100,15 @@ def batch_at(step: int, size: int, batch_size: int, seed: int) -> list[int]:
 
 def _state(actors: Actors, optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
     return {
-        "policy": {name: parameter.detach() for name, parameter in actors.policy.items()},
+        "policy": actors.policy_state(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "rng": rng_state(),
     }
 
 
-@torch.no_grad()
 def _restore(actors: Actors, optimizer: torch.optim.Optimizer, schedule: Any, state: dict[str, Any]) -> None:
-    for name, parameter in actors.policy.items():
-        parameter.copy_(state["policy"][name])
+    actors.load_policy_state(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     set_rng_state(state["rng"])

@@ -7,7 +7,7 @@ training forward is an importance weight like any other (`rollout_gap` says how 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from glm.errors import InputError
 from glm.generation.rollout import Samples
 from glm.training.actors import Actors, Batch, pack
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.policy_eval import Judged, judge, repetition, summary
+from glm.training.policy_eval import Show, Watch, repetition
 from glm.training.ppo_terms import (
     ScoreScale,
     adapted_kl_coef,
@@ -36,8 +36,6 @@ from glm.training.ppo_terms import (
     whiten,
 )
 from glm.training.trainer import Log, Progress
-
-Show = Callable[[int, Judged], None]  # (step, answers to the dev prompts)
 
 
 @dataclass
@@ -84,36 +82,22 @@ def train(
     """
     if len(prompts) < params.batch_size:
         raise InputError(f"ppo.batch_size {params.batch_size} is more than the {len(prompts)} training prompts")
-    if not dev_prompts:
-        raise InputError("PPO measures its progress on dev prompts, and there are none: raise data.dev_ratio")
+    watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
     if actors.decoder is not None and actors.decoder.on_gpu:
         longest = max(map(len, [*prompts, *dev_prompts]))
         actors.decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)
     optimizer = torch.optim.AdamW(actors.trained, lr=params.learning_rate, weight_decay=0.0)
     order = _endless(len(prompts), params.batch_size, seed)
-    curves: list[tuple[int, dict[str, float]]] = []
     kl_coef, scale, first_step = params.kl_coef, ScoreScale(), 1
-
-    def record(step: int, values: dict[str, float]) -> None:
-        curves.append((step, values))
-        log(step, values)
-
-    def look(step: int) -> dict[str, float]:
-        judged = judge(actors, tokenizer, dev_prompts, params, seed=seed)
-        if show:
-            show(step, judged)
-        return summary(judged, end_id(tokenizer))
 
     found = checkpoints.latest() if checkpoints else None
     if found is None:
-        before = after = look(0)
-        record(0, {f"eval_{name}": value for name, value in before.items()})
+        watch.start()
     else:
         done, state = found
         first_step = done + 1
-        before, after, kl_coef, scale = state["before"], state["after"], state["kl_coef"], ScoreScale(*state["scale"])
-        for at, values in state["curves"]:
-            record(at, values)
+        watch.restore(state)
+        kl_coef, scale = state["kl_coef"], ScoreScale(*state["scale"])
         for _ in range(done):
             next(order)
         _restore(actors, optimizer, state)
@@ -136,20 +120,18 @@ def train(
             )
         runaway = numbers["kl"] > params.kl_stop
         if step % params.eval_steps == 0 or step == params.max_steps or runaway:
-            after = look(step)
-            numbers |= {f"eval_{name}": value for name, value in after.items()}
-        record(step, numbers)
+            numbers |= watch.look(step)
+        watch.record(step, numbers)
         progress(step, params.max_steps)
         if runaway:
             break
         if checkpoints and step % params.save_steps == 0 and step < params.max_steps:
-            reached = {"before": before, "after": after, "kl_coef": kl_coef, "scale": astuple(scale), "curves": curves}
+            reached = watch.state() | {"kl_coef": kl_coef, "scale": astuple(scale)}
             checkpoints.save(step, _state(actors, optimizer) | reached)
     return {
         "steps": step,
         "stopped_on_kl": float(step < params.max_steps),
-        **{f"{name}_before": value for name, value in before.items()},
-        **after,
+        **watch.result(),
     }
 
 
@@ -277,17 +259,15 @@ def report(experience: Experience, losses: dict[str, float], kl_coef: float) -> 
 def _state(actors: Actors, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What training changes, and the random number generators."""
     return {
-        "policy": {name: parameter.detach() for name, parameter in actors.policy.items()},
+        "policy": actors.policy_state(),
         "value_head": actors.value_head.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": rng_state(),
     }
 
 
-@torch.no_grad()
 def _restore(actors: Actors, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    for name, parameter in actors.policy.items():
-        parameter.copy_(state["policy"][name])
+    actors.load_policy_state(state["policy"])
     actors.value_head.load_state_dict(state["value_head"])
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"])

@@ -25,16 +25,27 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm.config import Grouped, Rival
-from glm.data.encode import end_id
-from glm.errors import InputError
 from glm.training.actors import Actors, pack
 from glm.training.checkpoint import Checkpoints
-from glm.training.policy_eval import judge, summary
-from glm.training.policy_loop import Show, batch_at
+from glm.training.policy_eval import Show, Watch
+from glm.training.policy_loop import batch_at
 from glm.training.trainer import Log, Progress
 
 POLICY = "policy.pt"  # in a checkpoint's folder: the adapter
 STATE = "policy_eval.pt"  # in a checkpoint's folder: the first look and the curves so far
+ONLINE_NAMES = {  # what GRPO's and RLOO's trainers log, and its name in our curves
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl_per_token",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "clip_fraction",
+    "completions/mean_length": "response_length",
+    "completions/clipped_ratio": "truncated",
+    "frac_reward_zero_std": "zero_spread",
+}
 
 
 def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
@@ -76,18 +87,31 @@ def online_arguments(params: Grouped) -> dict[str, Any]:
         "epsilon": params.epsilon,
         "max_completion_length": params.max_new_tokens,
         "temperature": params.temperature,
-        "shuffle_dataset": False,  # see in_order
+        "shuffle_dataset": False,  # see online_inputs
     }
 
 
-def in_order(prompts: list[list[int]], params: Grouped, seed: int) -> list[list[int]]:
-    """The prompts of all steps, one after the other: TRL's own order is not found again after a break."""
+def online_inputs(
+    actors: Actors, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], params: Grouped, seed: int
+) -> dict[str, Any]:
+    """Model, rewards and data of GRPO's and RLOO's trainers.
+
+    The prompts of all steps come one after the other: TRL's own order is not found again after a break.
+    """
+    from datasets import Dataset
+
     batches = range(1, -(-params.max_steps // params.num_iterations) + 1)
-    return [prompts[index] for batch in batches for index in batch_at(batch, len(prompts), params.batch_size, seed)]
+    order = [index for batch in batches for index in batch_at(batch, len(prompts), params.batch_size, seed)]
+    return {
+        "model": actors.model,
+        "reward_funcs": reward_function(actors, tokenizer),
+        "train_dataset": Dataset.from_dict({"prompt": [prompts[index] for index in order]}),
+        "processing_class": tokenizer,
+    }
 
 
 @torch.no_grad()
-def prepare(actors: Actors, make_trainer: Callable[[Path], Trainer], folder: Path) -> Trainer:
+def prepare(actors: Actors, make_trainer: "Callable[[Path], PolicyCheckpoints]", folder: Path) -> "PolicyCheckpoints":
     """A trainer whose reference, TRL's adapter "ref", is the policy as it is now.
 
     TRL wants the adapter that it trains to be called "default", to make "ref" like it and to copy its weights. It finds
@@ -98,6 +122,7 @@ def prepare(actors: Actors, make_trainer: Callable[[Path], Trainer], folder: Pat
     configs = actors.model.peft_config
     configs["default"] = configs["policy"]
     trainer = make_trainer(folder)
+    trainer.actors = actors
     del configs["default"]
     for name, parameter in actors.policy.items():
         actors.model.get_parameter(name.replace(".policy.", ".ref.")).copy_(parameter)
@@ -107,18 +132,22 @@ def prepare(actors: Actors, make_trainer: Callable[[Path], Trainer], folder: Pat
 class PolicyCheckpoints(Trainer):
     """Keeps the policy adapter alone in a checkpoint, not base, reference and reward beside it."""
 
-    policy: dict[str, nn.Parameter]
+    actors: Actors  # set by `prepare`
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({name: parameter.detach() for name, parameter in self.policy.items()}, folder / POLICY)
+        torch.save(self.actors.policy_state(), folder / POLICY)
 
-    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = torch.load(Path(resume_from_checkpoint, POLICY), weights_only=True)
-        for name, parameter in self.policy.items():
-            parameter.copy_(saved[name])
+        self.actors.load_policy_state(torch.load(Path(resume_from_checkpoint, POLICY), weights_only=True))
+
+
+class OnTokens(PolicyCheckpoints):
+    """Takes prompts that are token ids as they are; TRL would apply the chat template and encode."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
 
 
 def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
@@ -133,7 +162,7 @@ def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Calla
 
 
 def run(
-    make_trainer: Callable[[Path], Trainer],
+    make_trainer: Callable[[Path], PolicyCheckpoints],
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
     dev_prompts: list[list[int]],
@@ -156,8 +185,7 @@ def run(
         InputError: no dev prompts.
         FloatingPointError: the loss became NaN or infinite.
     """
-    if not dev_prompts:
-        raise InputError("a policy's progress is measured on dev prompts, and there are none: raise data.dev_ratio")
+    watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
     folder = checkpoints.folder
     folder.mkdir(parents=True, exist_ok=True)
     last = get_last_checkpoint(str(folder))
@@ -165,57 +193,31 @@ def run(
         shutil.rmtree(last)
         last = get_last_checkpoint(str(folder))
 
-    def look(step: int) -> dict[str, float]:
-        judged = judge(actors, tokenizer, dev_prompts, params, seed=seed)
-        actors.use("policy")
-        if show:
-            show(step, judged)
-        return summary(judged, end_id(tokenizer))
-
-    watch = _Watch(params, names, look, log, progress, log_speed)
     if last:
         watch.restore(torch.load(Path(last, STATE), weights_only=True))
     trainer = prepare(actors, make_trainer, folder)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
+    trainer.add_callback(_Numbers(watch, params, names, progress, log_speed))
     result = trainer.train(resume_from_checkpoint=last)
     actors.use("policy")
-    before = {f"{name}_before": value for name, value in watch.before.items()}
-    return {"steps": result.global_step, **before, **watch.after}
+    return {"steps": result.global_step, **watch.result()}
 
 
-class _Watch(TrainerCallback):
-    """Looks at the dev prompts, hands numbers on, and keeps both beside every checkpoint."""
+class _Numbers(TrainerCallback):
+    """Hands the trainer's numbers to `watch`, has it look, and keeps its state beside every checkpoint."""
 
     def __init__(
-        self,
-        params: Rival,
-        names: dict[str, str],
-        look: Callable[[int], dict[str, float]],
-        log: Log,
-        progress: Progress,
-        log_speed: Log | None,
+        self, watch: Watch, params: Rival, names: dict[str, str], progress: Progress, log_speed: Log | None
     ) -> None:
+        self.watch = watch
         self.params = params
         self.names = names
-        self.look = look
-        self.log = log
         self.progress = progress
         self.log_speed = log_speed
-        self.before: dict[str, float] = {}
-        self.after: dict[str, float] = {}
-        self.curves: list[tuple[int, dict[str, float]]] = []
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; its points are logged again."""
-        self.before, self.after = state["before"], state["after"]
-        for step, values in state["curves"]:
-            self._record(step, values)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self.before:
-            self.before = self.after = self.look(0)
-            self._record(0, {f"eval_{name}": value for name, value in self.before.items()})
+        if not self.watch.before:
+            self.watch.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress(state.global_step, state.max_steps)
@@ -237,14 +239,8 @@ class _Watch(TrainerCallback):
         if self.log_speed and "step_time" in logs:
             self.log_speed(step, {"learn_seconds": float(logs["step_time"])})
         if step % self.params.eval_steps == 0 or step == state.max_steps:
-            self.after = self.look(step)
-            values |= {f"eval_{name}": value for name, value in self.after.items()}
-        self._record(step, values)
+            values |= self.watch.look(step)
+        self.watch.record(step, values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept = {"before": self.before, "after": self.after, "curves": self.curves}
-        torch.save(kept, Path(args.output_dir, f"checkpoint-{state.global_step}", STATE))
-
-    def _record(self, step: int, values: dict[str, float]) -> None:
-        self.curves.append((step, values))
-        self.log(step, values)
+        torch.save(self.watch.state(), Path(args.output_dir, f"checkpoint-{state.global_step}", STATE))
