@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SFT = Path("models/sft")
 REWARD = Path("models/reward")
-CHECKPOINTS = Path(".cache/checkpoints")  # no output of the stage: DVC removes those before it starts one again
 SAMPLES = 8  # dev prompts whose answers are kept with the run, at every look
 
 Rows = Callable[[Stage, "PreTrainedTokenizerBase", str], Any]  # what an algorithm trains on, by split
@@ -50,7 +49,7 @@ def improve(
     tokenizer = load_base_tokenizer()
     train_set = rows(stage, tokenizer, "train")
     dev_prompts = prompts(stage, tokenizer, "dev")
-    checkpoints = Checkpoints(CHECKPOINTS / params.algorithm / stage.fingerprint)
+    checkpoints = Checkpoints(stage.checkpoint_folder)
     actors = Actors(
         model,
         policy=NewPolicy(method, params.sft, below.parts, start),

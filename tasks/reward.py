@@ -1,57 +1,34 @@
 """Train the reward model, by `reward.method` and with a head, on the ranked answers of prepared/rows/reward.
 
-It stands on models/sft or models/base. A run that was killed goes on from its last checkpoint when the same command is
-given again on the same inputs.
+It stands on models/sft or models/base.
 """
 
 from itertools import takewhile
-from pathlib import Path
 
-from tasks.base_model import foundation, load_base_tokenizer, load_on
+from tasks import reward_training
+from tasks.base_model import foundation
 from tasks.stage import Stage, main
-from tasks.tokenized import tokenized
-
-CHECKPOINTS = Path(".cache/checkpoints/reward")
 
 
 def run(stage: Stage) -> dict[str, float]:
     from glm.evaluation import reward_report
     from glm.models.lineage import above
-    from glm.models.saving import save_trained
     from glm.training import reward
-    from glm.training.checkpoint import Checkpoints
 
     params = stage.params
     beneath = above("models/sft") if params.reward.init == "sft" else foundation(params)
     below, start = beneath.starting(params.reward.method, resume=params.reward.resume_lora_training)
-    below.check(params.reward.method)
-    model, tokenizer = load_on(below), load_base_tokenizer()
-    examples = {split: tokenized(stage, tokenizer, "reward", split) for split in ("train", "dev", "test")}
-    checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint, keep=params.reward.save_total_limit)
-    trained, numbers = reward.train(
-        model,
-        tokenizer,
-        examples["train"],
-        examples["dev"],
-        params.reward,
-        shape=params.sft,
-        start=start,
-        checkpoints=checkpoints,
-        seed=params.seed,
-        log=stage.log,
-        log_speed=stage.log_speed,
-        progress=stage.progress,
-    )
-    scores = reward.scores_of_examples(trained, tokenizer, examples["test"], params.reward.per_device_eval_batch_size)
-    sizes = [len(example["sequences"]) for example in examples["test"]]
-    lengths = [length for example in examples["test"] for length in answer_lengths(example["sequences"])]
+    trained = reward_training.train(stage, below, start=start, seed=params.seed)
+    test, size = trained.examples["test"], params.reward.per_device_eval_batch_size
+    scores = reward.scores_of_examples(trained.model, trained.tokenizer, test, size)
+    sizes = [len(example["sequences"]) for example in test]
+    lengths = [length for example in test for length in answer_lengths(example["sequences"])]
     held_out = reward.ranking_metrics(scores, sizes) | reward_report.report(scores.numpy(), sizes, lengths)
     stage.log_figure("reward_report.png", reward_report.draw(scores.numpy(), sizes, lengths, "held-out rankings"))
-    score = trained.score
-    save_trained(trained.backbone, params.reward.method, "models/reward", below, tokenizer=tokenizer, score=score)
+    reward_training.save(stage, trained, "models/reward")
     stage.log_reward_model("models/reward")
-    checkpoints.clear()
-    numbers |= {"truncated_rows": examples["train"].truncated}
+    trained.checkpoints.clear()
+    numbers = trained.numbers | {"truncated_rows": trained.examples["train"].truncated}
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
 
 

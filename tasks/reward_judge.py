@@ -5,44 +5,22 @@ overoptimization"). The judge has the parameters of `reward`, but starts fresh o
 another seed, which orders the rows anew. Its rows are the same: on few rows, two halves would make two poor judges.
 """
 
-from pathlib import Path
-
-from tasks.base_model import foundation, load_base_tokenizer, load_on
+from tasks import reward_training
+from tasks.base_model import foundation
 from tasks.stage import Stage, main
-from tasks.tokenized import tokenized
-
-CHECKPOINTS = Path(".cache/checkpoints/reward_judge")
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.models.saving import save_trained
     from glm.training import reward
-    from glm.training.checkpoint import Checkpoints
 
     params = stage.params
     below, _ = foundation(params).starting(params.reward.method, resume=False)
-    below.check(params.reward.method)
-    model, tokenizer = load_on(below), load_base_tokenizer()
-    examples = {split: tokenized(stage, tokenizer, "reward", split) for split in ("train", "dev", "test")}
-    checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint, keep=params.reward.save_total_limit)
-    trained, numbers = reward.train(
-        model,
-        tokenizer,
-        examples["train"],
-        examples["dev"],
-        params.reward,
-        shape=params.sft,
-        checkpoints=checkpoints,
-        seed=params.seed + 1,
-        log=stage.log,
-        log_speed=stage.log_speed,
-        progress=stage.progress,
-    )
-    held_out = reward.evaluate(trained, tokenizer, examples["test"], params.reward.per_device_eval_batch_size)
-    score = trained.score
-    save_trained(trained.backbone, params.reward.method, "models/reward_judge", below, tokenizer=tokenizer, score=score)
-    checkpoints.clear()
-    return numbers | {f"test_{name}": value for name, value in held_out.items()}
+    trained = reward_training.train(stage, below, start=None, seed=params.seed + 1)
+    size = params.reward.per_device_eval_batch_size
+    held_out = reward.evaluate(trained.model, trained.tokenizer, trained.examples["test"], size)
+    reward_training.save(stage, trained, "models/reward_judge")
+    trained.checkpoints.clear()
+    return trained.numbers | {f"test_{name}": value for name, value in held_out.items()}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,9 @@
 A run that was killed goes on from its last checkpoint when the same command is given again on the same inputs.
 """
 
-from pathlib import Path
-
 from tasks.base_model import foundation, load_base_tokenizer, load_on
 from tasks.stage import Stage, main
 from tasks.tokenized import tokenized
-
-CHECKPOINTS = Path(".cache/checkpoints/sft")  # no output of the stage: DVC removes those before it starts one again
 
 
 def run(stage: Stage) -> dict[str, float]:
@@ -22,7 +18,7 @@ def run(stage: Stage) -> dict[str, float]:
     below.check(params.sft.method)
     model, tokenizer = load_on(below), load_base_tokenizer()
     examples = {split: tokenized(stage, tokenizer, "sft", split) for split in ("train", "dev")}
-    checkpoints = Checkpoints(CHECKPOINTS / stage.fingerprint, keep=params.sft.save_total_limit)
+    checkpoints = Checkpoints(stage.checkpoint_folder, keep=params.sft.save_total_limit)
     tuned, numbers = sft.train(
         model,
         tokenizer,

@@ -74,6 +74,11 @@ class Stage:
         self._times: list[tuple[int, float]] = []  # when the first and the last step were logged
         self._progress = Progress(name)
 
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where a killed run of the same stage is found again; no output, since DVC removes those before it starts."""
+        return Path(".cache/checkpoints", self.name, self.fingerprint)
+
     def log(self, step: int, values: dict[str, float]) -> None:
         """Points of the curves at one step: a row of plots/<step>.csv, and metrics in MLflow.
 
