@@ -19,10 +19,8 @@ import json
 import sys
 import time
 from contextlib import chdir
-from importlib import import_module
 from pathlib import Path
 from statistics import fmean
-from threading import Thread
 from typing import Any
 
 from prefect import flow
@@ -36,11 +34,11 @@ from flows.cells import Cell, Comparison, parse_settings, parse_variant, plan, p
 from flows.comparison_report import Outcome, Report
 from flows.dvc_stage import DVC_SAYS
 from flows.experiments import read_experiments
-from flows.interrupt import handle_ctrl_c, stop_if_asked
+from flows.interrupt import stop_if_asked
 from flows.progress import clock
 from flows.report import read_json
-from flows.rlhf_pipeline import make_board, mlflow_parent, quieten, run_steps
-from flows.server import prefect_api
+from flows.rlhf_pipeline import make_board, mlflow_parent, run_steps
+from flows.terminal import exit_status, in_terminal
 from flows.workspace import uncommitted, workspace
 from glm.config import Params, load_params
 from glm.errors import InputError
@@ -195,27 +193,20 @@ def write_to_mlflow(report: Report, params: Params) -> None:
 def main(words: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 a cell failed, 2 wrong input, 130 stopped."""
     arguments = parser().parse_args(words)
-    try:
-        if arguments.experiments:
-            return compare_experiments(arguments)
-        comparison = read_arguments(arguments)
-        cells, steps = plan(comparison)
-        if files := [file for file in uncommitted() if file != arguments.recipe]:
-            raise InputError(
-                f"a comparison uses the last commit, without your changes in {', '.join(files)}: commit first"
-            )
-        print(f"{len(cells)} cells, each up to {steps[-1]}", flush=True)
-        handle_ctrl_c(ROOT / ".dvc" / "tmp" / "ctrl-c.log")
-        quieten()
-        Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
-        with prefect_api():
-            state = compare_methods(**comparison.model_dump(), return_state=True)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on with what is missing.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run_command(arguments), "Stopped. The same command goes on with what is missing.")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Compare what the command line asks for."""
+    if arguments.experiments:
+        return compare_experiments(arguments)
+    comparison = read_arguments(arguments)
+    cells, steps = plan(comparison)
+    if files := [file for file in uncommitted() if file != arguments.recipe]:
+        raise InputError(f"a comparison uses the last commit, without your changes in {', '.join(files)}: commit first")
+    print(f"{len(cells)} cells, each up to {steps[-1]}", flush=True)
+    with in_terminal():
+        state = compare_methods(**comparison.model_dump(), return_state=True)
     if state.is_failed():
         print(state.message, file=sys.stderr)
         return 1

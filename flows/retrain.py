@@ -24,14 +24,12 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows import ROOT
-from flows.dvc_stage import RefusedError, StageError
 from flows.incoming import bring_in
 from flows.promotion import ask, can_be_suspended, gate_version, waiting_for_approval
-from flows.rlhf_pipeline import quieten, run_stages
-from flows.server import prefect_api
+from flows.rlhf_pipeline import run_stages
+from flows.terminal import exit_status, in_terminal
 from flows.workspace import keep, parse_overrides, restore, uncommitted, worktree
 from glm.config import Params, load_params
-from glm.errors import InputError
 from tasks.inputs import check_inputs
 
 if TYPE_CHECKING:
@@ -129,22 +127,16 @@ def main() -> int:
         help="override a name of params.yaml, such as promote.approval=true",
     )  # fmt: skip
     arguments = parser.parse_args()
-    try:
-        overrides = parse_overrides(arguments.overrides)
-        load_params(ROOT / "params.yaml", overrides)
-        quieten()
-        with prefect_api():
-            state = retrain(arguments.force, overrides, return_state=True)
-            state.result()  # raises what the flow raised
-    except (InputError, RefusedError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. Nothing is left running.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run_command(arguments), "Stopped. Nothing is left running.")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Retrain as the command line asks for."""
+    overrides = parse_overrides(arguments.overrides)
+    load_params(ROOT / "params.yaml", overrides)
+    with in_terminal():
+        state = retrain(arguments.force, overrides, return_state=True)
+        state.result()  # raises what the flow raised
     print(f"{state.name}: {state.message}")
     return 0
 

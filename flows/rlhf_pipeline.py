@@ -10,15 +10,12 @@ time-out does nothing, and there is one GPU.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import Any, NoReturn
 
 import httpx
@@ -33,12 +30,12 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from flows import ROOT, report
-from flows.dvc_stage import DvcCacheKey, RefusedError, StageError, output_hashes, reproduce, run_cache_key, unchanged
-from flows.interrupt import handle_ctrl_c, stop_if_asked
+from flows.dvc_stage import DvcCacheKey, RefusedError, output_hashes, reproduce, run_cache_key, unchanged
+from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board
 from flows.run_page import write_page
-from flows.server import prefect_api
+from flows.terminal import exit_status, in_terminal
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
 from glm.errors import InputError
@@ -228,31 +225,25 @@ def main() -> int:
     parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
     parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
     arguments = parser.parse_args()
+    stopped = "Stopped. Nothing is left running; the next run goes on from the last finished step."
+    return exit_status(lambda: run_command(arguments), stopped)
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """What the command line asks for."""
+    overrides = parse_overrides(arguments.overrides)
+    check(overrides)
+    if overrides and (files := uncommitted()):
+        raise InputError(
+            f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"
+        )
+    if arguments.serve:
+        return serve(arguments.cron)
     try:
-        overrides = parse_overrides(arguments.overrides)
-        check(overrides)
-        if overrides and (files := uncommitted()):
-            raise InputError(
-                f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"
-            )
-        if arguments.serve:
-            return serve(arguments.cron)
-        handle_ctrl_c(ROOT / ".dvc" / "tmp" / "ctrl-c.log")
-        quieten()
-        Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
-        with prefect_api():
+        with in_terminal():
             summary = rlhf_pipeline(overrides)
-    except (InputError, RefusedError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
     except httpx.TransportError as error:
         start_again(error)
-    except KeyboardInterrupt:
-        print("Stopped. Nothing is left running; the next run goes on from the last finished step.", file=sys.stderr)
-        return 130
     report.show(summary, Console())
     return 0
 
@@ -267,12 +258,6 @@ def start_again(error: httpx.TransportError) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def quieten() -> None:
-    """Leave the terminal to the progress and the report; Prefect's own log is kept by its server."""
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.CRITICAL + 1)
 
 
 def serve(cron: str | None) -> int:

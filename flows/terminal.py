@@ -1,0 +1,45 @@
+"""Flows that are run from a terminal, by `python -m flows.<flow>` or `glmflow`: what their command lines share."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
+
+from flows import ROOT
+from flows.dvc_stage import RefusedError, StageError
+from flows.interrupt import handle_ctrl_c
+from flows.server import prefect_api
+from glm.errors import InputError
+
+
+@contextmanager
+def in_terminal() -> Iterator[None]:
+    """Within the block flows find Prefect's API, Ctrl-C ends them, and the terminal is theirs."""
+    handle_ctrl_c(ROOT / ".dvc" / "tmp" / "ctrl-c.log")
+    quieten()
+    Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
+    with prefect_api():
+        yield
+
+
+def quieten() -> None:
+    """Leave the terminal to the progress and the report; Prefect's own log is kept by its server."""
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.CRITICAL + 1)
+
+
+def exit_status(command: Callable[[], int], stopped: str) -> int:
+    """Run a command. Its own exit status, or 1: a stage failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
+    try:
+        return command()
+    except (InputError, RefusedError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except StageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
