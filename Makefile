@@ -27,7 +27,7 @@ unexport PREFECT_PROFILE
 help: ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-run: .venv/ready ## run the pipeline on the embedded default (or what params.yaml says), about five minutes
+run: .venv/ready ## run the pipeline on the embedded default (or what params.yaml says), seven minutes
 	@python -m flows.rlhf_pipeline $(ARGS)
 
 test: .venv/ready ## run all tests
