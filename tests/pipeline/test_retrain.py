@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +25,20 @@ def operated(project: Project) -> Project:
     project.set_param("data.reward", "[reviews_pairs]", "[reviews_pairs, feedback]")
     project.commit()
     return project
+
+
+def test_ctrl_c_stops_a_retraining(operated: Project, prefect_api: str) -> None:
+    project = operated
+    command = [sys.executable, "-m", "flows.retrain"]
+    environment = project.env | {"SLEEP_sft": "120"}
+    flow = subprocess.Popen(command, cwd=project.root, env=environment, stderr=subprocess.PIPE, text=True)
+    project.wait_for("sft")
+    flow.send_signal(signal.SIGINT)
+    _, errors = flow.communicate(timeout=60)
+    assert flow.returncode == 130
+    assert "Nothing is left running" in errors and "Traceback" not in errors
+    assert project.processes() == []
+    assert last_run(prefect_api, "retrain")["state"]["type"] == "CRASHED"
 
 
 def retrain(project: Project, *words: str, **env: str) -> str:
