@@ -127,7 +127,7 @@ def test_a_prefix_lm_packs_too(stage: str) -> None:
         module: torch.nn.Module = SftLoss(model)
         padded, packed = (SftCollator(3, kind, 9)(rows) for kind in (None, packing))
     else:
-        module = RewardLoss(RewardModel(model, torch.nn.Linear(32, 1, bias=False)))
+        module = RewardLoss(RewardModel(model, torch.nn.Linear(32, 1, bias=False)), Reward())
         sequences = [row["input_ids"] for row in rows]
         rankings = [{"sequences": sequences[:2]}, {"sequences": sequences[2:5]}, {"sequences": sequences[5:]}]
         padded, packed = (RankingCollator(3, kind, 3)(rankings) for kind in (None, packing))

@@ -43,7 +43,7 @@ def test_page_and_message(project: Project, prefect_api: str, webhook: tuple[str
     page = (project.root / "reports" / f"{name}.html").read_text(encoding="utf-8")
     for text in ("Before and after", "5.000", "非常满意[bold]", "ppo.learning_rate", "models/export", "<h2>Data</h2>"):
         assert text in page
-    assert page.count("src='data:image/png;base64,") == 4  # base, SFT, reward model, PPO
+    assert page.count("src='data:image/png;base64,") == 5  # base, SFT, reward model, its judge, PPO
     assert "http" not in page.replace("http://127", "")  # nothing is loaded from elsewhere
     client = MlflowClient(f"sqlite:///{project.root}/mlruns/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("rlhf-pipeline").experiment_id])
