@@ -53,7 +53,7 @@ def facts_of(params: "Params") -> "Facts":
     """What the folders of this run say of how the policy was made."""
     from glm.export.facts import Facts
 
-    path = params.model.path  # of a local folder its name only: the rest is this machine's
+    path = params.model.path  # of a local folder its name only: the rest is of this machine
     base = {"revision": params.model.revision} | _read("models/base/source.json")
     base["path"] = Path(path).name if Path(path).is_dir() else path
     told = params.model_dump(mode="json", include={*TOLD, "algorithm", params.algorithm})

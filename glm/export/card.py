@@ -45,7 +45,8 @@ def model_card(
     name: str, source: Lineage, hub_id: str | None, options: Export, facts: Facts, exported: "Exported"
 ) -> str:
     """README.md: the hub's header, then what the model is, how to load it, what made it, and how it was checked."""
-    place = options.push_to_hub or name
+    place, path = options.push_to_hub or name, facts.base.get("path") or ""
+    hub_id = hub_id or (path if "/" in path else None)
     sections = [
         f"# {name}",
         _what(source, hub_id, options, facts, exported),

@@ -17,9 +17,8 @@ def check_access(repo_id: str) -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # the client raises several kinds: no token, refused, no network
-        raise InputError(
-            f"push_to_hub {repo_id}: the hub does not know you: {_first_line(error)}; set HF_TOKEN"
-        ) from error
+        why = _first_line(error)
+        raise InputError(f"push_to_hub {repo_id}: the hub does not know you (HF_TOKEN, HF_ENDPOINT): {why}") from error
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:

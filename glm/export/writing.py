@@ -73,15 +73,13 @@ def export(
     path, revision = source_of(source.base, source.revision)
     base = local_folder(path, revision)
     check_space(out, needed_bytes(base, source, options))
-    tokenizer = load_tokenizer(path, revision=revision)
     hub_id = None if Path(path).is_dir() else path
     with replace_folder(out) as folder:
         if options.what == "adapter":
             exported = _write_adapter(source, out, folder)
-        elif options.quantization == "none":
-            exported = _write_whole(source, folder, options, tokenizer, base, hub_id)
         else:
-            exported = _write_rounded(source, folder, options, tokenizer, base, hub_id)
+            write = _write_whole if options.quantization == "none" else _write_rounded
+            exported = write(source, folder, options, load_tokenizer(path, revision=revision), base, hub_id)
         exported = replace(exported, folder=out, size=sum(file.stat().st_size for file in folder.rglob("*")))
         write_text(folder / "README.md", model_card(name or out.name, source, hub_id, options, facts, exported))
     return exported
