@@ -67,7 +67,7 @@ TopP = Annotated[float, typer.Option(min=0.01, max=1.0)]
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def run(context: typer.Context) -> None:
-    """Run the pipeline; -S NAME=VALUE overrides a parameter, --help lists the options."""
+    """Run the pipeline or a recipe, RECIPE.yaml; -S NAME=VALUE overrides a parameter, --help lists the options."""
     from flows.rlhf_pipeline import main as run_pipeline
 
     sys.argv = ["glmflow run", *context.args]
