@@ -14,6 +14,7 @@ from glm.models import load_model, methods
 from glm.models.adapters import add_lora
 from glm.models.lineage import Lineage, above
 from glm.models.saving import save_trained
+from glm.models.variants import Variants
 from glm.training import dpo, ppo
 from glm.training.actors import Actors, NewPolicy
 from glm.training.checkpoint import Checkpoints
@@ -98,3 +99,22 @@ def test_a_stopped_training_ends_as_an_unbroken_one(
         assert not torch.allclose(broken.model(input_ids=ids).logits, wanted, atol=1e-3)
         reference = load_model(tmp_path / "sft")(input_ids=ids).logits
         torch.testing.assert_close(broken.model(input_ids=ids).logits, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "freeze"])
+def test_what_a_policy_started_from_is_told_apart_from_the_bare_base(method: Method, tmp_path: Path) -> None:
+    write_models(tmp_path, method)
+    variants = Variants(make_base())
+    variants.add("sft", tmp_path / "sft")
+    variants.add_chain("start", (str(tmp_path / "sft"),))
+    variants.add_chain("bare", ())
+    ids = torch.tensor([prompts(9)[8]])
+    with torch.no_grad():
+        logits = {}
+        for name in ("bare", "start", "sft", "base"):
+            variants.use(name)
+            logits[name] = variants.model(input_ids=ids).logits
+        wanted = load_model(tmp_path / "base", adapters=[tmp_path / "sft"])(input_ids=ids).logits
+    assert torch.equal(logits["start"], logits["sft"]) and torch.equal(logits["bare"], logits["base"])
+    torch.testing.assert_close(logits["start"], wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits["start"], logits["base"], atol=1e-3)

@@ -1,6 +1,7 @@
 """The real steps with parameters that take seconds, by the flow and by `dvc repro`: the same result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_flow_and_repro_make_the_same(real_project: Project, tmp_path: Path, pre
     project.git("clone", "--quiet", ".", str(clone.root))
     clone.dvc("repro")
     assert locked(clone.root) == locked(project.root)
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_with_an_earlier_adapter(real_project: Project) -> None:
+    root = real_project.root
+    write_overrides(root / "params.yaml", {"sft.learning_rate": 0.02, "sft.warmup_steps": 0})
+    real_project.dvc("repro", "sft")
+    alone = json.loads((root / "metrics" / "sft.json").read_text())
+    shutil.copytree(root / "models" / "sft", root / "earlier")
+    barely = {"model.adapters": ["earlier"], "sft.learning_rate": 1e-9}  # SFT stays what it starts from
+    write_overrides(root / "params.yaml", barely)
+    real_project.dvc("repro", "evaluate", "export")
+    assert json.loads((root / "metrics" / "sft.json").read_text())["eval_loss"] == pytest.approx(alone["eval_loss"])
+    metrics = json.loads((root / "metrics" / "evaluate.json").read_text())
+    assert alone["eval_loss"] < alone["eval_loss_before"] - 0.02
+    for name in ("loss", "reward", "judge"):  # so "base" means the base under the earlier adapter
+        assert metrics[f"base.{name}"] == pytest.approx(metrics[f"sft.{name}"], abs=1e-4)
+    assert metrics["base.kl"] == pytest.approx(0, abs=1e-4)
 
 
 def locked(root: Path) -> dict[str, str]:
