@@ -215,8 +215,9 @@ def show(report: Report, folder: Path, console: Console) -> None:
         for row in cells:
             part.add_row(*row)
         if columns:  # every digit, also where the terminal is narrower, or where there is none
-            width = Measurement.get(console, console.options.update(width=1000), part).maximum
-            console.print(part, width=width, crop=False)
+            wanted = Measurement.get(console, console.options.update(width=1000), part).maximum
+            console.width = max(console.width, wanted)
+            console.print(part)
     for cell in report.failed:
         console.print(f"{cell.name} failed: {cell.error}", style="red", markup=False, highlight=False, soft_wrap=True)
     lines = [
