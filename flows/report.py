@@ -148,7 +148,7 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
     create_markdown_artifact(f"```\n{data}\n```", key="data", description="Rows read, kept, dropped and why")
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
-        if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
+        if step["state"] == "ran" and has_curves(curves):  # those of a restored step are with the run that made it
             create_image_artifact(
                 curves_url(curves), key=artifact_key("curves", step["name"]), description=f"Curves of {step['name']}"
             )
@@ -185,6 +185,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table. A cell's own bars and line breaks would end it."""
     cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def has_curves(path: Path) -> bool:
+    """Whether a step has left curves: that of a base model that was not trained here has the heading alone."""
+    return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def curves_url(path: Path) -> str:

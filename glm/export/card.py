@@ -59,6 +59,7 @@ def model_card(
         sections += ["## Data", _table(["dataset", "use", *COUNTS, "sha256"], _data(facts)), DATA_NOTE]
     if facts.metrics:
         sections += ["## Results on the test split", _results(facts)]
+        sections += [] if options.quantization == "none" else ["They were measured before the weights were rounded."]
     sections += ["## Checked", _checked(options, exported)]
     if facts.parameters:
         sections += ["## Parameters", f"```yaml\n{_yaml(facts.parameters)}```"]
@@ -84,7 +85,7 @@ def _header(name: str, hub_id: str | None, options: Export, facts: Facts) -> str
             metric_value=_rounded(facts.metrics[f"{last}.{key}"]),
         )
         for key, title in TITLES.items()
-        if f"{last}.{key}" in facts.metrics
+        if f"{last}.{key}" in facts.metrics and options.quantization == "none"
     ]
     relation = "adapter" if options.what == "adapter" else "quantized" if options.quantization != "none" else "finetune"
     data = ModelCardData(

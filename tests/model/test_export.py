@@ -187,11 +187,14 @@ def test_an_adapter_alone(number: int, quantization: str, tmp_path: Path) -> Non
 def test_the_card(tmp_path: Path) -> None:
     source = trained_lora("chatglm2-e2e", tmp_path / "sft")
     for number in range(2):
-        export(source, tmp_path / f"out{number}" / "reviews", Export(quantization="cpm-int8"), FACTS)
+        export(source, tmp_path / f"out{number}" / "reviews", Export(), FACTS)
+    export(source, tmp_path / "rounded", Export(quantization="cpm-int8"), FACTS)
     first, second = ((tmp_path / f"out{number}" / "reviews" / "README.md").read_text() for number in range(2))
     assert first == second
-    card = ModelCard(first)
-    assert card.data.base_model == "owner/base" and card.data["base_model_relation"] == "quantized"
+    card, rounded = ModelCard(first), ModelCard((tmp_path / "rounded" / "README.md").read_text())
+    assert card.data.base_model == "owner/base" and card.data["base_model_relation"] == "finetune"
+    assert rounded.data["base_model_relation"] == "quantized" and rounded.data.eval_results is None
+    assert "measured before the weights were rounded" in rounded.text
     assert card.data.datasets == ["owner/pairs"] and card.data.pipeline_tag == "text-generation"
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
         "loss": 5.229,
