@@ -34,21 +34,28 @@ SAMPLES = 3
 LOCAL_PAGES = "http://127.0.0.1:5000"
 
 
-def collect(root: Path, steps: list[Step], parent_run: str | None, version: str) -> dict[str, Any]:
-    """Read a finished run's metrics, samples and run records, as plain values."""
-    algorithm = load_params(root / "params.yaml").algorithm
+def collect(root: Path, steps: list[Step], parent_run: str | None, version: str | None) -> dict[str, Any]:
+    """Read a finished run's metrics, samples and run records, as plain values.
+
+    A run that ended before `evaluate` has the results of `evaluate_sft`, or none. `version` None: nothing registered.
+    """
+    params = load_params(root / "params.yaml")
+    names = [step.name for step in steps]
+    measured = next((name for name in ("evaluate", "evaluate_sft") if name in names), "")
+    policy = {params.algorithm: params.algorithm.upper()} if measured == "evaluate" else {}
+    samples = root / "reports" / measured / "samples.json"
     return {
-        "models": {"base": "base", "sft": "SFT", algorithm: algorithm.upper()},
+        "models": {"base": "base", "sft": "SFT", **policy} if measured else {},
         "steps": [
             {"name": step.name, "state": step.state, "seconds": step.seconds}
             | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
             for step in steps
         ],
-        "metrics": read_json(root / "metrics" / "evaluate.json"),
-        "samples": json.loads((root / "reports" / "evaluate" / "samples.json").read_text(encoding="utf-8"))[:SAMPLES],
+        "metrics": read_json(root / "metrics" / f"{measured}.json") if measured else {},
+        "samples": json.loads(samples.read_text(encoding="utf-8"))[:SAMPLES] if measured else [],
         "parent_run": parent_run,
         "version": version,
-        "registered": f"{load_params(root / 'params.yaml').promote.model_name} version {version}, alias challenger",
+        "registered": f"{params.promote.model_name} version {version}, alias challenger" if version else "",
     }
 
 
@@ -90,13 +97,14 @@ def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print a run's end: results, times, samples, and the lines to type next."""
-    results = Table(title="Before and after, on the test split", title_justify="left")
-    results.add_column()
-    for title in summary["models"].values():
-        results.add_column(title, justify="right")
-    for row in result_rows(summary):
-        results.add_row(*row)
-    console.print(results)
+    if summary["models"]:
+        results = Table(title="Before and after, on the test split", title_justify="left")
+        results.add_column()
+        for title in summary["models"].values():
+            results.add_column(title, justify="right")
+        for row in result_rows(summary):
+            results.add_row(*row)
+        console.print(results)
     if "reward.accuracy" in summary["metrics"]:
         accuracy = summary["metrics"]["reward.accuracy"]
         console.print(f"The reward model prefers the better answer in {accuracy:.1%} of the test pairs.\n")
@@ -108,12 +116,13 @@ def show(summary: dict[str, Any], console: Console) -> None:
         times.add_row(*row)
     console.print(times)
 
-    samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
-    for title in ["prompt", *summary["models"].values()]:
-        samples.add_column(title, ratio=1, overflow="fold")
-    for row in sample_rows(summary):
-        samples.add_row(*map(Text, row))  # a model may write [bold]
-    console.print(samples)
+    if summary["models"]:
+        samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
+        for title in ["prompt", *summary["models"].values()]:
+            samples.add_column(title, ratio=1, overflow="fold")
+        for row in sample_rows(summary):
+            samples.add_row(*map(Text, row))  # a model may write [bold]
+        console.print(samples)
 
     console.print("\n".join(next_lines(summary)), highlight=False, markup=False)
 

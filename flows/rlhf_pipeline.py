@@ -2,6 +2,7 @@
 
     python -m flows.rlhf_pipeline                                   in the checkout, as `make run` does
     python -m flows.rlhf_pipeline -S ppo.learning_rate=2e-5         in a workspace of its own, kept as a DVC experiment
+    python -m flows.rlhf_pipeline --until evaluate_sft              the first steps only; nothing is registered
     python -m flows.rlhf_pipeline --serve --cron "0 3 * * 0"        wait for runs here, and start one by this schedule
     prefect deployment run rlhf-pipeline/default -p overrides='{"ppo.learning_rate": 2e-5}'      after `make deploy`
 
@@ -98,25 +99,27 @@ def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any
     on_crashed=[notify],
     on_cancellation=[notify],
 )
-def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+def rlhf_pipeline(overrides: dict[str, Any] | None = None, until: str | None = None) -> dict[str, Any]:
     """Every stage from fetch to export; then register the result as challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with
             overrides, and every run of a deployment, works on the last commit in a folder of its own; another one works
             in the checkout as it is.
+        until: the last stage, if the later ones are not wanted; then nothing is registered.
 
     Returns:
         The summary that `flows.report` shows.
     """
     overrides = overrides or {}
     check(overrides)
+    steps = steps_until(until)
     if not overrides and deployment.id is None:
-        return run_stages(ROOT, flow_run.name)
+        return run_stages(ROOT, flow_run.name, until=until)
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
-    with workspace(flow_run.name, overrides) as root:
-        return run_stages(root, flow_run.name) | {"experiment": flow_run.name}
+    with workspace(flow_run.name, overrides, steps if until else ()) as root:
+        return run_stages(root, flow_run.name, until=until) | {"experiment": flow_run.name}
 
 
 def check(overrides: dict[str, Any]) -> None:
@@ -125,17 +128,32 @@ def check(overrides: dict[str, Any]) -> None:
         check_inputs(load_params("params.yaml", overrides))
 
 
-def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any]:
-    """Run every stage in `root`, register the result with its lineage, and report.
+def steps_until(until: str | None) -> list[str]:
+    """The stages up to `until`, all of them for None.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if until not in (None, *STAGES):
+        raise InputError(f"until: {until!r} is no step; the steps are {', '.join(STAGES)}")
+    names = list(STAGES)
+    return names[: names.index(until) + 1] if until else names
+
+
+def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | None = None) -> dict[str, Any]:
+    """Run every stage in `root`, register the result with its lineage, and report; up to `until`, if that is given.
 
     `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
     """
-    board = make_board(list(STAGES), root, ["register"])
+    steps = steps_until(until)
+    board = make_board(steps, root, [] if until else ["register"])
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        run_steps(list(STAGES), root, board, parent_run, done)
-        with board.running("register") as line:
-            version = register_result(str(root), parent_run, ours)
-            line.state = "ran"
+        run_steps(steps, root, board, parent_run, done)
+        version = None
+        if not until:
+            with board.running("register") as line:
+                version = register_result(str(root), parent_run, ours)
+                line.state = "ran"
         summary = report.collect(root, board.steps, parent_run, version)
         write_report(root, name, parent_run, summary)
         report.publish(root, summary)
@@ -159,6 +177,7 @@ def make_board(steps: Sequence[str], root: Path, more: Sequence[str] = ()) -> Bo
 
 def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
     """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised."""
+    board.parent_run = parent_run
     for step, name in zip(steps, programs(load_params(root / "params.yaml").algorithm, steps), strict=True):
         run = stage.with_options(name=name, task_run_name=name, retries=STAGES[step].retries)
         with board.running(name) as line:
@@ -215,16 +234,17 @@ def mlflow_parent(
             finish_parent_run(run_id, status, done, reports)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 a stage failed, 2 wrong input, 130 stopped."""
     parser = argparse.ArgumentParser(prog="python -m flows.rlhf_pipeline", description="Run the pipeline.")
     parser.add_argument(
         "-S", "--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides",
         help="override a name of params.yaml, such as ppo.learning_rate=2e-5; runs in a workspace of its own",
     )  # fmt: skip
+    parser.add_argument("--until", choices=STAGES, metavar="STEP", help="the last step; then nothing is registered")
     parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
     parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     stopped = "Stopped. Nothing is left running; the next run goes on from the last finished step."
     return exit_status(lambda: run_command(arguments), stopped)
 
@@ -241,7 +261,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return serve(arguments.cron)
     try:
         with in_terminal():
-            summary = rlhf_pipeline(overrides)
+            summary = rlhf_pipeline(overrides, arguments.until)
     except httpx.TransportError as error:
         start_again(error)
     report.show(summary, Console())
