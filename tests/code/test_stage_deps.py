@@ -27,6 +27,7 @@ OBSERVERS = {
     "glm/__init__.py",
     "glm/config.py",
     "glm/py.typed",
+    *(file.relative_to(ROOT).as_posix() for file in (ROOT / "glm" / "sections").glob("*.py")),
 }
 
 

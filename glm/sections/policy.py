@@ -1,0 +1,196 @@
+"""Sections of the policy step: the seven algorithms, and where their reward comes from."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from glm.sections.section import Section
+from glm.sections.training import Method
+
+# What improves the SFT model. Each is a section below and a program, tasks/<algorithm>.py.
+Algorithm = Literal["ppo", "dpo", "kto", "grpo", "rloo", "rrhf", "raft"]
+
+
+class Ppo(Section):
+    """Proximal policy optimisation (Schulman et al. 2017) against the reward model, with a KL penalty to SFT."""
+
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
+    minimum_reward_accuracy: float = Field(
+        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
+    )
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    max_steps: int = Field(60, ge=1, description="rollout batches")
+    batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
+    mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a minibatch is computed")
+    ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
+    max_new_tokens: int = Field(32, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    cliprange: float = Field(0.2, gt=0, lt=1)
+    cliprange_value: float = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    kl_coef: float = Field(0.2, ge=0, description="weight of the per-token KL penalty; the start value if adaptive")
+    kl_target: float | None = Field(6.0, gt=0, description="nats a response; empty: kl_coef stays fixed")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="of the penalty at each token; Schulman 2020")
+    kl_horizon: int = Field(10000, ge=1, description="responses over which the adaptive coefficient settles")
+    kl_stop: float = Field(25.0, gt=0, description="nats a response at which a runaway run is stopped")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a response cut at max_new_tokens")
+    score_norm: bool = Field(False, description="scores less their running mean, divided by their running spread")
+    score_clip: float | None = Field(None, gt=0, description="scores are clipped to ± this, after score_norm")
+    whiten_rewards: bool = Field(False, description="scale the tokens' rewards to variance 1 in each batch")
+    max_grad_norm: float = Field(1.0, gt=0)
+    eval_steps: int = Field(10, ge=1, description="rollout batches between two looks at the dev prompts")
+    save_steps: int = Field(10, ge=1, description="rollout batches between two checkpoints of the training")
+
+    @model_validator(mode="after")
+    def batches_divide(self) -> Self:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        if self.gradient_accumulation_steps > self.mini_batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
+                f"{self.mini_batch_size} responses of a minibatch"
+            )
+        return self
+
+
+class Rival(Section):
+    """What the algorithms beside PPO have in common."""
+
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    max_steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=2, description="rankings, labelled answers or prompts of an optimizer step")
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(32, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    eval_steps: int = Field(10, ge=1, description="optimizer steps between two looks at the dev prompts")
+    save_steps: int = Field(10, ge=1, description="optimizer steps between two checkpoints of the training")
+
+
+class Offline(Rival):
+    """Learns from the ranked answers of data.reward, packed side by side."""
+
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
+    packing: bool = True
+    tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
+
+
+class Online(Rival):
+    """Learns from its own answers to the prompts of data.ppo, as the reward model judges them."""
+
+    minimum_reward_accuracy: float = Field(
+        0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
+    )
+    num_generations: int = Field(8, ge=2, description="answers to each prompt of a step")
+
+
+class Dpo(Offline):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="ipo: Azar et al. 2023")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round")
+
+    @model_validator(mode="after")
+    def smoothing_is_of_the_sigmoid(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing {self.label_smoothing} is of loss_type sigmoid, not {self.loss_type}")
+        return self
+
+
+class Kto(Rival):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on the labelled answers of data.kto, by TRL."""
+
+    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+
+
+class Rrhf(Offline):
+    """Rank responses to align with human feedback (Yuan et al. 2023)."""
+
+    rrhf_weight: float = Field(1.0, gt=0, description="of the ranking loss, beside the best answer's own")
+
+
+class Grouped(Online):
+    """What compares answers to the same prompt, in place of a value function: GRPO and RLOO."""
+
+    beta: float = Field(0.05, ge=0, description="weight of the KL divergence to SFT: GRPO's in the loss, RLOO's reward")
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip range of the ratio")
+    num_iterations: int = Field(1, ge=1, description="optimizer steps on the same answers")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step is computed")
+
+    @model_validator(mode="after")
+    def steps_fit(self) -> Self:
+        if self.batch_size * self.num_generations % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} x num_generations {self.num_generations} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps {self.save_steps} is not a multiple of num_iterations {self.num_iterations}: a checkpoint "
+                "does not hold the answers that are still in use"
+            )
+        return self
+
+
+class Grpo(Grouped):
+    """Group relative policy optimisation (Shao et al. 2024), by TRL."""
+
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = Field("dapo", description="how tokens are averaged")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="whose spread divides advantages")
+
+
+class Rloo(Grouped):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024), by TRL."""
+
+    normalize_advantages: bool = False
+
+
+class Raft(Online):
+    """Reward-ranked fine-tuning (Dong et al. 2023): learn the best of num_generations answers to each prompt."""
+
+    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
+    resume_lora_training: bool = Field(
+        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
+    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL penalty on the reward by which the best is chosen")
+
+
+class RewardModel(Section):
+    """What scores the policy's answers: the reward model of the pipeline, or something from outside."""
+
+    source: Literal["own", "function", "classifier", "http"] = "own"
+    path: str | None = Field(
+        None, description="function: module:name or file.py:name; classifier: folder or hub id; http: the address"
+    )
+    revision: str | None = Field(None, description="hub commit of a classifier")
+    batch_size: int = Field(32, ge=1, description="answers of one call, forward pass or request")
+    timeout: float = Field(30.0, gt=0, description="seconds that a request may take")
+    max_retries: int = Field(3, ge=0, description="of a request that failed, after 1, 2, 4, … seconds")
+
+    @model_validator(mode="after")
+    def path_for_the_others(self) -> Self:
+        if (self.source == "own") != (self.path is None):
+            what = "needs a path" if self.path is None else f"has no path: leave {self.path!r} out"
+            raise ValueError(f"source {self.source} {what}")
+        if self.source == "function" and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.path or ""):
+            raise ValueError(f"path of a function is module:name or file.py:name (found {self.path!r})")
+        if self.source == "http" and not re.match(r"https?://.", self.path or ""):
+            raise ValueError(f"path of an endpoint begins with http:// or https:// (found {self.path!r})")
+        return self
