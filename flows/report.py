@@ -6,7 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 from rich.console import Console
@@ -17,6 +17,9 @@ from flows.progress import Step, clock
 from glm.config import load_params
 from glm.data.check import summary as summary_of_data
 from glm.evaluation.curves import draw_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS = {  # of metrics/evaluate.json: name, title, digits
     "loss": ("loss (held out)", 3),
@@ -196,8 +199,13 @@ def curves_url(path: Path) -> str:
             int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
             for row in csv.DictReader(file)
         }
+    return picture_url(draw_curves(points, path.stem))
+
+
+def picture_url(figure: "Figure") -> str:
+    """A figure as a picture that is its own address."""
     picture = io.BytesIO()
-    draw_curves(points, path.stem).savefig(picture, format="png")
+    figure.savefig(picture, format="png")
     return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 

@@ -1,0 +1,3 @@
+"""The schema's descriptions in Chinese; one that is missing here is shown in English."""
+
+CHINESE: dict[str, str] = {}
