@@ -77,7 +77,7 @@ def difference_table(runs: Sequence[PipelineRun]) -> list[list[str]]:
     """The parameters in which runs differ: name, then each run's value."""
     differ = differences({run.run_id: run.params for run in runs})
     names = next(iter(differ.values()), {})
-    return [[name, *(str(differ[run.run_id].get(name, "")) for run in runs)] for name in names]
+    return [[name, *(run.params.get(name, "–") for run in runs)] for name in names]
 
 
 def step_runs(params: Params, run_id: str) -> dict[str, str]:

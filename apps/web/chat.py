@@ -57,7 +57,13 @@ def build(text: Texts, models: Models) -> None:
                     allow_file_downloads=False, render_markdown=False, buttons=["copy"],
                 )  # fmt: skip
     question = gr.Textbox(
-        show_label=False, placeholder=text("chat.question"), lines=2, max_lines=8, elem_id="question", submit_btn=False
+        "",
+        show_label=False,
+        placeholder=text("chat.question"),
+        lines=2,
+        max_lines=8,
+        elem_id="question",
+        submit_btn=False,
     )
     with gr.Row():
         send = gr.Button(text("chat.send"), variant="primary", elem_id="send", min_width=90)
@@ -68,7 +74,7 @@ def build(text: Texts, models: Models) -> None:
             side: gr.Button(text(f"chat.{side}_better"), elem_id=f"better-{side}", min_width=120) for side in SIDES
         }
     with gr.Accordion(text("chat.settings"), open=False), gr.Row():
-        system = gr.Textbox(label=text("chat.system"), info=text("chat.system_info"), lines=2)
+        system = gr.Textbox("", label=text("chat.system"), info=text("chat.system_info"), lines=2)
         temperature = gr.Slider(0, 2, 0.95, step=0.05, label="temperature", info=text("chat.temperature_info"))
         top_p = gr.Slider(0.05, 1, 0.7, step=0.05, label="top_p")
         tokens = gr.Slider(8, 1024, 256, step=8, label="max_new_tokens", elem_id="max-new-tokens")
@@ -97,11 +103,13 @@ def build(text: Texts, models: Models) -> None:
             if side.chat and side.chat.request:
                 side.chat.request.cancel()
 
+    def forget_side(side: Side) -> Messages:
+        end(side, side)
+        side.messages, side.ids = [], []
+        return []
+
     def forget(left: Side, right: Side) -> tuple[Any, ...]:
-        end(left, right)
-        for side in (left, right):
-            side.messages, side.ids = [], []
-        return [], []
+        return forget_side(left), forget_side(right)
 
     both = [sides[side] for side in SIDES]
     shown = [boxes[side] for side in SIDES]
@@ -113,6 +121,7 @@ def build(text: Texts, models: Models) -> None:
         settings = [sides[side], system, temperature, top_p, tokens]
         for before in (asked, anew):
             before.success(told(answer), settings, boxes[side], concurrency_limit=None, **QUIET)
+        boxes[side].clear(told(forget_side), sides[side], boxes[side], **QUIET)
         boxes[side].like(told(liked(text)), sides[side], None, **QUIET)
         better[side].click(told(preferred(side, text)), both, None, **QUIET)
     stop.click(told(end), both, None, **QUIET)

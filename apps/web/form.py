@@ -46,7 +46,7 @@ class ParameterForm:
 
     def _add(self, one: Parameter) -> None:
         label = one.name if one.section in TABS["more"] or one.section == "reward_model" else one.name.partition(".")[2]
-        info = " ".join(part for part in (self.text.describe(one.description), one.bounds) if part) or None
+        info = "; ".join(part for part in (self.text.describe(one.description), one.bounds) if part) or None
         common: dict[str, Any] = {
             "label": label or one.name,
             "info": info,

@@ -15,7 +15,7 @@ from apps.serve.guard import App, Receive, Scope, Send
 LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]", "::1"}
 PAGES = r"/(en|zh)/"
 OPEN = re.compile(  # what the page asks for
-    rf"/|/healthz|{PAGES}?|{PAGES}(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?"
+    rf"/|/healthz|/favicon\.ico|{PAGES}?|{PAGES}(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?"
     rf"|{PAGES}(assets|static|svelte)/[\w./@-]+"
     rf"|{PAGES}gradio_api/(queue/join|queue/data|startup-events|cancel|reset|app_id|login_check|theme\.css|heartbeat/\w+)/?"
 )

@@ -29,13 +29,16 @@ def build(tab: gr.Tab, text: Texts) -> None:
             history = gr.HTML(elem_id="moves")
         with gr.Column(scale=2, min_width=340):
             version = gr.Dropdown([], label=text("models.version"), elem_id="version")
-            reason = gr.Textbox(label=text("models.reason"), info=text("models.reason_info"), lines=2, elem_id="reason")
+            reason = gr.Textbox(
+                "", label=text("models.reason"), info=text("models.reason_info"), lines=2, elem_id="reason"
+            )
             with gr.Row():
                 promote = gr.Button(text("models.promote"), variant="primary", elem_id="promote", min_width=120)
                 rollback = gr.Button(text("models.rollback"), variant="stop", elem_id="rollback", min_width=120)
             said = gr.HTML(elem_id="models-said")
     with gr.Row():
         target = gr.Textbox(
+            "",
             label=text("models.lineage_of"),
             info=text("models.lineage_info"),
             max_lines=1,

@@ -36,7 +36,16 @@ def theme() -> gr.themes.Base:
     """System fonts: nothing is fetched from elsewhere."""
     sans = ["system-ui", "-apple-system", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return gr.themes.Soft(
+    base = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", radius_size="sm", spacing_size="sm", text_size="sm",
         font=sans, font_mono=mono,
     )  # fmt: skip
+    return base.set(
+        block_title_background_fill="none",
+        block_title_text_color="*body_text_color",
+        block_title_padding="0",
+        block_border_width="1px",
+        input_border_width="1px",
+        input_background_fill="*neutral_50",
+        checkbox_border_width="1px",
+    )

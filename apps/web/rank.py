@@ -39,7 +39,7 @@ def build(text: Texts, models: Models) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             name = gr.Textbox("models/export", label=text("rank.model"), max_lines=1, elem_id="rank-model")
-            prompt = gr.Textbox(label=text("rank.prompt"), lines=4, elem_id="rank-prompt")
+            prompt = gr.Textbox("", label=text("rank.prompt"), lines=4, elem_id="rank-prompt")
             count = gr.Slider(2, MOST, 4, step=1, label=text("rank.count"))
             temperature = gr.Slider(0.1, 2, 1.0, step=0.1, label="temperature")
             tokens = gr.Slider(8, 1024, 128, step=8, label="max_new_tokens")
@@ -52,7 +52,9 @@ def build(text: Texts, models: Models) -> None:
             for place in range(MOST):
                 with gr.Row(visible=False, equal_height=True, elem_classes="rank-row") as row:
                     texts.append(
-                        gr.Textbox(label=f"{place + 1}", lines=2, interactive=False, scale=8, elem_id=f"rank-{place}")
+                        gr.Textbox(
+                            "", label=f"{place + 1}", lines=2, interactive=False, scale=8, elem_id=f"rank-{place}"
+                        )
                     )
                     ups.append(gr.Button("▲", size="sm", min_width=40, scale=0, elem_id=f"rank-up-{place}"))
                     downs.append(gr.Button("▼", size="sm", min_width=40, scale=0))

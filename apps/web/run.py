@@ -1,7 +1,9 @@
 """`glmflow web`: build the page in each language, then listen."""
 
+import asyncio
 import logging
 import os
+import socket
 import sys
 import webbrowser
 from pathlib import Path
@@ -53,6 +55,10 @@ def create_app(login: tuple[str, str] | None, is_local: bool, models: Models) ->
         wanted = request.headers.get("accept-language", "")[:2].lower()
         return RedirectResponse(f"/{wanted if wanted in LANGUAGES else 'en'}/")
 
+    @app.get("/favicon.ico")
+    async def favicon() -> Response:
+        return Response(status_code=204)
+
     @app.get("/healthz")
     async def healthz() -> Response:
         return PlainTextResponse("ok")
@@ -75,7 +81,11 @@ def serve(host: str, port: int, user: str | None, password: str | None, show: bo
         InputError: the page could be reached from elsewhere and has no password.
     """
     login = check_login(host, user, password)
+    with socket.socket() as probe:
+        if probe.connect_ex((host if host not in ("0.0.0.0", "::") else "127.0.0.1", port)) == 0:
+            raise InputError(f"port: {port} is taken by another program: choose another")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.getLogger("uvicorn.error").addFilter(_is_fault)
     os.chdir(ROOT)
     os.environ["GRADIO_TEMP_DIR"] = str(ROOT / ".cache" / "gradio")
     models = Models()
@@ -88,3 +98,8 @@ def serve(host: str, port: int, user: str | None, password: str | None, show: bo
         uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=3)
     finally:
         models.close()
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """A stream that is still open when the server ends is none."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
