@@ -92,11 +92,10 @@ def sees(page, selector: str, text: str) -> None:
 
 
 def is_told(page, text: str) -> None:
-    """A line in a corner of the page, which is then put away."""
+    """A line in a corner of the page."""
     toast = page.locator(".toast-body").filter(has_text=text).first
     playwright.expect(toast).to_be_visible(timeout=SECONDS)
     assert "Traceback" not in toast.inner_text()
-    toast.locator(".toast-close").click()
 
 
 def feedback(project: Project, name: str) -> list[dict]:
