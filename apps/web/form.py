@@ -19,6 +19,20 @@ TABS = {  # and their sections of params.yaml
 }
 
 
+def component(one: Parameter, label: str, text: Texts, name: str) -> gr.Textbox | gr.Dropdown | gr.Checkbox:
+    """A parameter's component: a check box, a list of choices, or a text, with its description and bounds."""
+    common: dict[str, Any] = {
+        "label": label,
+        "info": "; ".join(part for part in (text.describe(one.description), one.bounds) if part) or None,
+        "elem_id": name,
+        "interactive": True,
+        "min_width": 200,
+    }
+    if one.is_box:
+        return gr.Checkbox(**common)
+    return gr.Dropdown(list(one.choices), **common) if one.choices else gr.Textbox("", max_lines=1, **common)
+
+
 class ParameterForm:
     """The components by the name of their parameter, and the columns of the algorithms."""
 
@@ -46,20 +60,7 @@ class ParameterForm:
 
     def _add(self, one: Parameter) -> None:
         label = one.name if one.section in TABS["more"] or one.section == "reward_model" else one.name.partition(".")[2]
-        info = "; ".join(part for part in (self.text.describe(one.description), one.bounds) if part) or None
-        common: dict[str, Any] = {
-            "label": label or one.name,
-            "info": info,
-            "elem_id": "p-" + one.name.replace(".", "-"),
-            "interactive": True,
-            "min_width": 220,
-        }
-        if one.is_box:
-            self.components[one.name] = gr.Checkbox(**common)
-        elif one.choices:
-            self.components[one.name] = gr.Dropdown(list(one.choices), **common)
-        else:
-            self.components[one.name] = gr.Textbox(max_lines=1, **common)
+        self.components[one.name] = component(one, label or one.name, self.text, "p-" + one.name.replace(".", "-"))
 
     def values(self) -> list[Filled]:
         """What params.yaml says now, for the components in their order."""

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from apps.web import chat, data, models, rank, runs, train
+from apps.web import chat, data, export, models, rank, runs, train
 from apps.web.loaded import Models
 from apps.web.texts import LANGUAGES, Texts
 
@@ -29,6 +29,8 @@ def build(language: str, answering: Models) -> gr.Blocks:
                 rank.build(text, answering)
             with gr.Tab(text("tab.models"), id="models") as tab:
                 models.build(tab, text)
+            with gr.Tab(text("tab.export"), id="export"):
+                export.build(text)
     return page.queue(default_concurrency_limit=8, max_size=256, api_open=False)
 
 

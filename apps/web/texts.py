@@ -157,6 +157,13 @@ TEXTS = {  # key: (English, Chinese)
         "models:/NAME@ALIAS, models:/NAME/VERSION, a run's id, or a folder that a run made",
         "models:/NAME@ALIAS、models:/NAME/VERSION、运行的 id，或某次运行生成的文件夹",
     ),
+    "export.model": ("Model", "模型"),
+    "export.out": ("Folder below exports/", "exports/ 下的文件夹"),
+    "export.out_info": ("It must not be there yet.", "不能是已有的文件夹。"),
+    "export.start": ("Export", "导出"),
+    "export.busy": ("An export is at work already.", "已有导出正在进行。"),
+    "export.done": ("Exported, loaded again and compared with its source.", "已导出，并重新加载与来源核对。"),
+    "export.stopped": ("stopped", "已停止"),
 }
 
 
