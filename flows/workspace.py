@@ -130,7 +130,14 @@ def lock_of(experiment: str) -> str:
 
 
 def share_cache(root: Path) -> None:
-    """Let DVC in the worktree use the checkout's cache, and its local settings (remotes and their passwords)."""
+    """Let DVC in the worktree use the checkout's cache, and its local settings (remotes and their passwords).
+
+    The checkpoints are those of the checkout too, so that a stopped step goes on in the next workspace.
+    """
+    checkpoints = ROOT / ".cache" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (root / ".cache").mkdir(exist_ok=True)
+    (root / ".cache" / "checkpoints").symlink_to(checkpoints)
     local = ROOT / ".dvc" / "config.local"
     if local.exists():
         shutil.copy(local, root / ".dvc" / "config.local")
