@@ -62,7 +62,9 @@ def recorded_facts(target: str) -> "Facts":
 
 
 def made_by(client: "MlflowClient", target: str, run_id: str, algorithm: str) -> str:
-    """ "sft" or the algorithm: which step made the model that `target` names, which is of the pipeline's run `run_id`."""
+    """Which step made the model that `target` names, sft or the algorithm; `run_id` is the pipeline's run."""
+    if target.startswith("models:/"):  # registered: an export
+        return algorithm
     if Path(target).exists():
         return "sft" if Path(target).name == "sft" else algorithm
     known = client.get_run(run_id).data.tags
