@@ -1,67 +1,13 @@
-"""Where a model came from, told by the store alone, and the same model made again from that."""
+"""The parts of telling where a model came from; test_real_stages.py has the whole."""
 
-import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from flows.lineage import Node
 from flows.lineage_view import columns_of
-from flows.workspace import write_overrides
 from tasks.record import inconsistencies, uncommitted_files, uncommitted_patch
 from tests.pipeline.conftest import Project
-from tests.pipeline.test_real_stages import TINY, locked, real_project  # noqa: F401 (a fixture)
-
-GLMFLOW = [sys.executable, "-m", "apps.cli"]
-CHAMPION = "models:/rlhf-policy@champion"
-
-
-def test_a_champion_tells_its_lineage_in_a_fresh_checkout_and_is_made_again(
-    real_project: Project,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    project = real_project
-    feedback = project.root / "data" / "feedback" / "monday.jsonl"
-    feedback.write_text(
-        json.dumps({"prompt": [{"role": "user", "content": "写评论"}], "chosen": "好", "rejected": "坏"}) + "\n"
-    )
-    write_overrides(project.root / "params.yaml", {"data.reward": ["reviews_pairs", "feedback"]})
-    project.commit()
-    note = project.root / "glm" / "errors.py"
-    committed = note.read_text()
-    note.write_text(f"{committed}\n# not committed\n")
-    project.flow()
-    project.command(*GLMFLOW, "promote", "challenger", "--reason", "to see where it came from")
-    made = locked(project.root)
-
-    # the folder moves on; only git, DVC's cache and the store are left
-    note.write_text(committed)
-    feedback.unlink()
-    for folder in ("models", "prepared", "metrics", "reports", "runs", ".cache"):
-        shutil.rmtree(project.root / folder)
-    (project.root / "dvc.lock").unlink()
-    shown = project.command(
-        *GLMFLOW, "lineage", CHAMPION, "--json", str(tmp_path / "l.json"), "--graph", str(tmp_path / "l.png")
-    ).stdout
-    assert "uncommitted changes in glm/errors.py" in shown
-    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads((tmp_path / "l.json").read_text())
-    nodes = {node["name"]: node for node in found["nodes"]}
-    assert nodes["feedback"]["facts"]["rows"]["reward"]["read"] == 1
-    assert nodes["models/export"]["hash"] == made["models/export"]
-    assert "models/reward" in nodes["models/ppo"]["made_from"]
-    assert "reward: reward/train tokenised" in nodes["models/reward"]["made_from"]
-    assert nodes["models/sft"]["facts"]["metrics"]["eval_loss"] > 0
-    assert nodes["models/sft"]["facts"]["machine"]["machine.threads"] == "1"
-    assert found["facts"]["commit"] == project.git("rev-parse", "HEAD").strip()
-
-    again = project.command(*GLMFLOW, "reproduce", CHAMPION).stdout
-    assert "outputs are equal, bit by bit" in again
-    assert "recorded uncommitted changes in glm/errors.py" in again
-    assert project.git("status", "--porcelain") == ""
-    assert not list((project.root / ".worktrees").iterdir())
 
 
 @pytest.fixture

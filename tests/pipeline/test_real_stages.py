@@ -1,21 +1,25 @@
-"""The real steps with parameters that take seconds, by the flow and by `dvc repro`: the same result."""
+"""The real steps with parameters that take seconds: by the flow, told by the store, and made again by `dvc repro`."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
-import pytest
 from ruamel.yaml import YAML
 
 from flows.workspace import write_overrides
 from tasks import programs
 from tests.pipeline.conftest import Project, copy_checkout, last_run
 
+GLMFLOW = [sys.executable, "-m", "apps.cli"]
+CHAMPION = "models:/rlhf-policy@champion"
 TINY = {
     "model.embedded.vocab_size": 2000,
     "model.embedded.hidden_size": 64,
     "model.embedded.num_layers": 2,
     "model.embedded.num_train_epochs": 1,
     "data.max_samples": 200,
+    "data.reward": ["reviews_pairs", "feedback"],
     "sft.max_steps": 3,
     "sft.eval_steps": 3,
     "sft.logging_steps": 1,
@@ -30,34 +34,59 @@ TINY = {
 }
 
 
-@pytest.fixture
-def real_project(tmp_path: Path, prefect_api: str) -> Project:
-    """The checkout as it is, with tiny parameters."""
+def test_the_flow_makes_a_champion_that_tells_its_lineage_and_is_made_again(tmp_path: Path, prefect_api: str) -> None:
     root, home = tmp_path / "project", tmp_path / "home"
     home.mkdir()
     copy_checkout(root)
     write_overrides(root / "params.yaml", TINY)
+    feedback = root / "data" / "feedback" / "monday.jsonl"
+    feedback.write_text(
+        json.dumps({"prompt": [{"role": "user", "content": "写评论"}], "chosen": "好", "rejected": "坏"}) + "\n"
+    )
     project = Project(root, home, prefect_api)
     project.git("init", "--quiet", "--initial-branch=main")
     project.commit()
-    return project
+    note = root / "glm" / "errors.py"
+    committed = note.read_text()
+    note.write_text(f"{committed}\n# not committed\n")
 
-
-def test_flow_and_repro_make_the_same(real_project: Project, tmp_path: Path, prefect_api: str) -> None:
-    project = real_project
     output = project.flow().stdout
     assert last_run(prefect_api)["tasks"] == dict.fromkeys([*programs("ppo"), "register"], "Completed")
     assert "rlhf-policy version 1, alias challenger" in output
-    assert (project.root / "models" / "export" / "model.safetensors").exists()
-    metrics = json.loads((project.root / "metrics" / "evaluate.json").read_text())
+    assert (root / "models" / "export" / "model.safetensors").exists()
+    metrics = json.loads((root / "metrics" / "evaluate.json").read_text())
     for who in ("base", "sft", "ppo"):
         assert f"{metrics[f'{who}.loss']:.3f}" in output
     assert "up to date" in project.dvc("repro")
+    project.command(*GLMFLOW, "promote", "challenger", "--reason", "to see where it came from")
+    made = locked(root)
 
-    clone = Project(tmp_path / "clone", Path(project.env["HOME"]), None)
-    project.git("clone", "--quiet", ".", str(clone.root))
-    clone.dvc("repro")
-    assert locked(clone.root) == locked(project.root)
+    # the folder moves on; only git, DVC's cache and the store are left
+    note.write_text(committed)
+    feedback.unlink()
+    for folder in ("models", "prepared", "metrics", "reports", "runs", ".cache"):
+        shutil.rmtree(root / folder)
+    (root / "dvc.lock").unlink()
+    shown = project.command(
+        *GLMFLOW, "lineage", CHAMPION, "--json", str(tmp_path / "l.json"), "--graph", str(tmp_path / "l.png")
+    ).stdout
+    assert "uncommitted changes in glm/errors.py" in shown
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "l.json").read_text())
+    nodes = {node["name"]: node for node in found["nodes"]}
+    assert nodes["feedback"]["facts"]["rows"]["reward"]["read"] == 1
+    assert nodes["models/export"]["hash"] == made["models/export"]
+    assert "models/reward" in nodes["models/ppo"]["made_from"]
+    assert "reward: reward/train tokenised" in nodes["models/reward"]["made_from"]
+    assert nodes["models/sft"]["facts"]["metrics"]["eval_loss"] > 0
+    assert nodes["models/sft"]["facts"]["machine"]["machine.threads"] == "1"
+    assert found["facts"]["commit"] == project.git("rev-parse", "HEAD").strip()
+
+    again = project.command(*GLMFLOW, "reproduce", CHAMPION).stdout  # by `dvc repro`, in a clone without any cache
+    assert "outputs are equal, bit by bit" in again
+    assert "recorded uncommitted changes in glm/errors.py" in again
+    assert project.git("status", "--porcelain") == ""
+    assert not list((root / ".worktrees").iterdir())
 
 
 def locked(root: Path) -> dict[str, str]:
