@@ -9,12 +9,16 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from heapq import heapify, heapreplace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PATIENCE = timedelta(hours=2)  # the first process alone saves and logs; the launcher ends those that wait for a dead one
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+PATIENCE = timedelta(hours=2)  # the first process alone saves; the launcher ends those that wait for a dead one
 BUCKET = 2**26  # gradients that are summed at a time: 256 MB in float32
 
 
@@ -92,8 +96,37 @@ def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, stacked, strict=True))
 
 
-def from_first(tensor: Tensor) -> Tensor:
-    """The first process's values, in place: where rounding must not make processes part ways."""
-    if world_size() > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
+def summed_numbers(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The same of plain numbers; `device` is where the processes' tensors are."""
+    if world_size() == 1:
+        return values
+    tensors = {name: torch.tensor(value, device=device) for name, value in values.items()}
+    return {name: value.item() for name, value in summed(tensors).items()}
+
+
+def share_of(items: Sequence[Item], size: Callable[[Item], int]) -> Sequence[Item]:
+    """The items that this process computes, all of them in a lone one; by `size`, all processes have as much."""
+    if world_size() == 1:
+        return items
+    return [items[index] for index in deal([size(item) for item in items], world_size())[rank()]]
+
+
+def gathered(values: dict[int, Value]) -> dict[int, Value]:
+    """What all processes have found, each for keys of its own."""
+    if world_size() == 1:
+        return values
+    found: list[dict[int, Value]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(found, values)
+    return {key: value for each in found for key, value in each.items()}
+
+
+def from_first(value: Value) -> Value:
+    """The first process's value: where rounding must not make processes part ways."""
+    if world_size() == 1:
+        return value
+    if isinstance(value, Tensor):
+        dist.broadcast(value, 0)
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
