@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -23,9 +24,9 @@ from glm.models.packed_attention import attention_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.distributed import deal, rank, world_size
 from glm.training.guards import flops_per_token
-from glm.training.layers import decoder_layers, layers_run
+from glm.training.layers import layers_run
 from glm.training.plan import Plan
-from glm.training.sharding import share_like, share_moments, twin_of, whole_state
+from glm.training.sharding import sharded, share_like, share_moments, whole_state
 from glm.training.trainer import Log, Progress, StepTrainer, token_count, training_arguments
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -47,13 +48,10 @@ def rank_trainer_for(
     strategy: Strategy,
 ) -> "Iterator[RankTrainer]":
     """What `trainer_for` gives in one of several processes. Method full is spread by `strategy`, others by DDP."""
-    sharded = strategy != "ddp" and params.method == "full"
-    with twin_of(loss) if sharded else nullcontext(loss) as trained:
+    with sharded(loss) if strategy == "fsdp" and params.method == "full" else nullcontext(loss) as trained:
         causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
-        layer = type(decoder_layers(causal)[0]).__name__
-        engine = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]}}
-        if not sharded:  # method full has weights that the reward model does not use: the vocabulary head's
-            engine = {"ddp_find_unused_parameters": params.method == "full", "ddp_broadcast_buffers": False}
+        # method full has weights that the reward model does not use: the vocabulary head's
+        ddp = {"ddp_find_unused_parameters": params.method == "full"}
         with (
             tempfile.TemporaryDirectory() as scratch,
             attention_of(causal, plan.attention),
@@ -61,7 +59,7 @@ def rank_trainer_for(
         ):
             yield RankTrainer(
                 model=trained,
-                args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set), **engine),
+                args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set), **ddp),
                 train_dataset=plan.train_set,
                 eval_dataset=dev_set or None,
                 data_collator=Share(collator, packed=plan.packing is not None),
@@ -117,6 +115,7 @@ class RankTrainer(StepTrainer):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.sharded = isinstance(self.model, FSDPModule)
         if rank() > 0:
             torch.manual_seed(self.args.seed + rank())  # dropout's noise is each process's own
 
@@ -137,7 +136,7 @@ class RankTrainer(StepTrainer):
         micro_batches = inputs["micro_batches"]
         counted = len(micro_batches) - inputs["idle"]
         for number, micro_batch in enumerate(micro_batches, start=1):
-            wait = number < len(micro_batches) and not self.is_fsdp_enabled  # FSDP keeps shares of gradients only
+            wait = number < len(micro_batches) and not self.sharded  # FSDP keeps shares of gradients only
             with model.no_sync() if wait else nullcontext():
                 loss = model(**self._prepare_inputs(micro_batch)) / inputs["items"]
                 if number > counted:
@@ -155,11 +154,11 @@ class RankTrainer(StepTrainer):
         return total.item()
 
     def _see_a_gradient(self, model: nn.Module) -> None:
-        if not self.is_fsdp_enabled:  # of whole weights there always is one
+        if not self.sharded:  # of whole weights there always is one
             super()._see_a_gradient(model)
 
     def _try_largest(self) -> None:
-        if not self.is_fsdp_enabled:  # weights are whole until the training starts
+        if not self.sharded:  # weights are whole until the training starts
             super()._try_largest()
 
     def _trained_state(self) -> dict[str, Any]:

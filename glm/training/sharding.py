@@ -10,19 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glm.training.distributed import rank
+from glm.training.layers import decoder_layers
 
 
 @contextmanager
-def twin_of(loss: nn.Module) -> Iterator[nn.Module]:
-    """A copy of `loss` that may be taken apart, and holds its weights; afterwards `loss` has what became of them."""
+def sharded(loss: nn.Module) -> Iterator[nn.Module]:
+    """A copy of `loss` whose weights are shared out, layer by layer; afterwards `loss` has what became of them.
+
+    Meanwhile the weights of `loss` itself are empty. The sharding is torch's own, since accelerate's leaves a model on
+    the CPU as it is, where it can be tested; the Trainer is told not to wrap the copy again.
+    """
     weights = dict(loss.named_parameters())
     moved = {id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad) for weight in weights.values()}
     twin = copy.deepcopy(loss, moved)
     for weight in weights.values():
         weight.data = weight.data.new_empty(0)
+    for layer in decoder_layers(twin):
+        fully_shard(layer)
+    fully_shard(twin)
+    twin._is_accelerate_prepared = True
     yield twin
     for name, trained in twin.named_parameters():
         weights[name].data = whole(trained.detach())
