@@ -17,7 +17,7 @@ from glm.config import Launch
 from glm.errors import InputError
 
 GRACE = 10  # seconds between SIGTERM and SIGKILL
-PATIENCE = 3.0  # seconds that the first process has for saying an error that all have
+PATIENCE = 20.0  # seconds that the first process has for an error that all have, its MLflow run included
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -71,7 +71,7 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
             elastic_launch(config, sys.executable)(*command)
             return 0
         except ChildFailedError as error:
-            return _status(name, number, {rank: failure.exitcode for rank, failure in error.failures.items()})
+            return exit_status(name, number, {rank: failure.exitcode for rank, failure in error.failures.items()})
         except SignalException as error:
             return 128 + error.sigval
 
@@ -98,10 +98,10 @@ class Silence:
         """Nothing."""
 
 
-def _status(name: str, number: int, failures: dict[int, int]) -> int:
+def exit_status(name: str, number: int, failures: dict[int, int]) -> int:
     """The step's exit status by those of the processes that failed, with a word about one that was killed."""
-    stopped = -signal.SIGTERM  # by the launcher, or by a process that was told to end
-    rank, code = min(failures.items(), key=lambda failure: (failure[1] == stopped, failure[1] >= 0, failure[0]))
+    stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)  # because of another one
+    rank, code = min(failures.items(), key=lambda failure: (failure[1] in stopped, failure[1] >= 0, failure[0]))
     if code >= 0:
         return code
     print(

@@ -261,6 +261,7 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
         metrics = {name: _number(value) for name, value in run(stage).items()}
         _write_outputs(stage, entry, metrics)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is being closed
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         tracker.finish(status, {"error": f"{type(error).__name__}: {error}"[:5000]})
         tracker.update_parent(status, done)
