@@ -17,7 +17,7 @@ from glm.config import Launch
 from glm.errors import InputError
 
 GRACE = 10  # seconds between SIGTERM and SIGKILL
-PATIENCE = 20.0  # seconds that the first process has for an error that all have, its MLflow run included
+PATIENCE = 60.0  # seconds that the first process has for an error that all have, its MLflow run included
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
