@@ -133,11 +133,18 @@ def show(summary: dict[str, Any], console: Console) -> None:
 def next_lines(summary: dict[str, Any]) -> list[str]:
     """What a person can do now."""
     kept = f"dvc exp apply {summary['experiment']}" if "experiment" in summary else ""
+    taken = "bring this run's parameters and models into the checkout"
+    run = summary["parent_run"] if "experiment" in summary else "models/sft"
+    if summary["registered"]:
+        talk = {"make chat": "talk to the result"}
+    else:  # it ended before, and DVC complains of what its later steps did not make
+        talk = {f"glmflow chat {run}": "talk to it", f"glmflow export {run} out": "a folder of it"} if run else {}
+        taken += "; complains of the steps that did not run"
     lines = {
         ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",
         "make ui": "all runs in MLflow: curves, parameters, models",
-        kept: "bring this run's parameters and models into the checkout",
-        "make chat" if summary["registered"] else "glmflow chat models/sft": "talk to the result",
+        **talk,
+        kept: taken,
         "dvc repro": "bring everything up to date after an edit",
         "dvc exp show": "compare runs",
         "make deploy": "schedules and runs from a web page",

@@ -141,7 +141,9 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | Non
     version = None
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(steps, root, board, parent_run, done)
-        if not until:
+        if until:
+            record_run(root, parent_run)
+        else:
             with board.running("register") as line:
                 version = register_result(str(root), parent_run, ours)
                 line.state = "ran"
@@ -193,6 +195,14 @@ def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ())
         version = register("models/export", report.read_json(Path("runs/export.json"))["run_id"], params)
         keep_record(params, version, parent_run, ours)
     return version
+
+
+def record_run(root: Path, parent_run: str | None) -> None:
+    """Record what a run was made from whose result is not registered."""
+    from tasks.record import keep_run_record
+
+    with chdir(root):
+        keep_run_record(load_params("params.yaml"), parent_run)
 
 
 @contextmanager

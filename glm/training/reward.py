@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Reward, Sft
+from glm.config import Reward, Sft, Strategy
 from glm.data.collate import pad_ids
 from glm.models import methods
 from glm.models.adapters import last_hidden, load_lora, load_score, trainable_count
@@ -104,6 +104,7 @@ def train(
     progress: Progress,
     start: Path | None = None,
     checkpoints: Checkpoints | None = None,
+    strategy: Strategy = "ddp",
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train by `params.method` on examples of `sequences` (token ids of prompt + answer, best answer first).
 
@@ -127,7 +128,8 @@ def train(
     loss = RewardLoss(reward_model, params)
     collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
     options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    with trainer_for(loss, backbone, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+    options |= {"checkpoints": checkpoints, "strategy": strategy}
+    with trainer_for(loss, backbone, collator, dev_set, params, steps, **options) as trainer:
         trainer.run()
     methods.finish(backbone, params.method)
     numbers = {

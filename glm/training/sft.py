@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Sft
+from glm.config import Sft, Strategy
 from glm.data.collate import pad, pad_ids
 from glm.data.encode import IGNORED
 from glm.errors import InputError
@@ -116,6 +116,7 @@ def train(
     progress: Progress,
     start: Path | None = None,
     checkpoints: Checkpoints | None = None,
+    strategy: Strategy = "ddp",
 ) -> tuple[Tunable, dict[str, float]]:
     """Train `model` by `params.method` on examples of `input_ids` and `labels`; returns it with the run's numbers.
 
@@ -135,7 +136,8 @@ def train(
     loss = SftLoss(tuned, params.neftune_noise_alpha)
     collator = SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
     options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    with trainer_for(loss, tuned, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+    options |= {"checkpoints": checkpoints, "strategy": strategy}
+    with trainer_for(loss, tuned, collator, dev_set, params, steps, **options) as trainer:
         trainer.run()
         after = trainer.evaluate()["eval_loss"] if dev_set else None
     methods.finish(tuned, params.method)
