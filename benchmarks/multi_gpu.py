@@ -60,6 +60,8 @@ def tiny_model() -> PreTrainedModel:
 def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
     """One SFT training in this process, one of `count`."""
     row, steps = (2048, 12) if kind == "full" else (4096, 20)
+    if tiny:
+        row = 1024
     values: dict[str, Any] = {
         **EVERY,
         "max_steps": steps,
@@ -76,7 +78,7 @@ def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
     sft.train(
         tiny_model() if tiny else chatglm2(28),
         Tokenizer(),
-        examples(400 if tiny else 3000),
+        examples(200 if tiny else 3000),
         [],
         Sft.model_validate(values),
         seed=0,
@@ -157,9 +159,8 @@ def main() -> None:
         for count in counts:
             start = time.perf_counter()
             found = run(kind, count, options.tiny)
-            print(
-                f"{kind} on {count}: {time.perf_counter() - start:.0f} s, {'done' if found else 'failed'}", flush=True
-            )
+            seconds = time.perf_counter() - start
+            print(f"{kind} on {count}: {seconds:.0f} s, {'done' if found else 'failed'}", flush=True)
             if found is None:
                 table.add_row(kind, str(count), "failed", "", "", "")
                 continue
