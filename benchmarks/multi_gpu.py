@@ -53,7 +53,9 @@ class Tokenizer:
 def tiny_model() -> PreTrainedModel:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "head_dim": 16}
-    model = GlmForCausalLM(GlmConfig(num_hidden_layers=2, num_key_value_heads=2, **shape, **CHATGLM2))
+    model = GlmForCausalLM(
+        GlmConfig(num_hidden_layers=2, num_key_value_heads=2, **shape, **CHATGLM2 | {"vocab_size": 1024})
+    )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -61,7 +63,7 @@ def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
     """One SFT training in this process, one of `count`."""
     row, steps = (2048, 12) if kind == "full" else (4096, 20)
     if tiny:
-        row = 1024
+        row, steps = 1024, 8
     values: dict[str, Any] = {
         **EVERY,
         "max_steps": steps,
@@ -73,12 +75,15 @@ def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
     if kind == "losses":
         values["logging_steps"] = 1
     values |= {"method": "full", "learning_rate": 1e-5} if kind == "full" else LORA
+    rows = examples(200 if tiny else 3000)
+    if tiny:
+        rows = [{name: [id % 1024 if id >= 0 else id for id in ids] for name, ids in each.items()} for each in rows]
     windows: list[dict[str, float]] = []
     losses: list[float] = []
     sft.train(
         tiny_model() if tiny else chatglm2(28),
         Tokenizer(),
-        examples(200 if tiny else 3000),
+        rows,
         [],
         Sft.model_validate(values),
         seed=0,
