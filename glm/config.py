@@ -177,7 +177,7 @@ class Params(Section):
             if self.launch.strategy == "ddp" or section.method != "full" or section.optim == "adamw_torch_fused":
                 continue
             raise ValueError(
-                f"launch.strategy {self.launch.strategy} spreads moments over processes, which {stage}.optim "
+                f"launch.strategy {self.launch.strategy} shares moments out over processes, which {stage}.optim "
                 f"{section.optim} cannot: choose adamw_torch_fused"
             )
         return self

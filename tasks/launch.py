@@ -16,7 +16,6 @@ from typing import Any
 from glm.config import Launch
 from glm.errors import InputError
 
-GRACE = 10  # seconds between SIGTERM and SIGKILL
 PATIENCE = 60.0  # seconds that the first process has for an error that all have, its MLflow run included
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -35,13 +34,11 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
     """Run `command`, a Python program's arguments, in `num_processes` processes; returns the exit status of the step.
 
     When one of them ends otherwise than well, or this process is told to end, the others are ended too: by SIGTERM, and
-    those that do not listen by SIGKILL.
+    those that do not listen within half a minute by SIGKILL.
 
     Raises:
-        InputError: fewer GPUs than processes, or no deepspeed.
+        InputError: fewer GPUs than processes.
     """
-    import importlib.util
-
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -51,8 +48,6 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
     number, gpus = launch.num_processes, torch.cuda.device_count()
     if torch.cuda.is_available() and number > gpus:
         raise InputError(f"launch.num_processes: {number}, but this machine has {gpus} GPUs")
-    if launch.strategy == "deepspeed_zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise InputError('launch.strategy: deepspeed_zero3 needs deepspeed: pip install "glmflow[deepspeed]", or fsdp')
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // number))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says, is said below
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +59,6 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
-            shutdown_timeout=GRACE,
             logs_specs=DefaultLogsSpecs(scratch),
         )
         try:

@@ -50,6 +50,7 @@ def rank_trainer_for(
     """What `trainer_for` gives in one of several processes. Method full is spread by `strategy`, others by DDP."""
     with sharded(loss) if strategy == "fsdp" and params.method == "full" else nullcontext(loss) as trained:
         causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
+        torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
         # method full has weights that the reward model does not use: the vocabulary head's
         ddp = {"ddp_find_unused_parameters": params.method == "full"}
         with (
