@@ -40,22 +40,22 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 def collect(root: Path, steps: list[Step], parent_run: str | None, version: str | None) -> dict[str, Any]:
     """Read a finished run's metrics, samples and run records, as plain values.
 
-    A run that ended before `evaluate` has the results of `evaluate_sft`, or none. `version` None: nothing registered.
+    `version` is the registered one, None for a run that ended before. One that ended before the policy was measured
+    tells what is known of base and SFT.
     """
     params = load_params(root / "params.yaml")
-    names = [step.name for step in steps]
-    measured = next((name for name in ("evaluate", "evaluate_sft") if name in names), "")
-    policy = {params.algorithm: params.algorithm.upper()} if measured == "evaluate" else {}
-    samples = root / "reports" / measured / "samples.json"
+    end = "evaluate" if "evaluate" in [step.name for step in steps] else "evaluate_sft"
+    policy = {params.algorithm: params.algorithm.upper()} if end == "evaluate" else {}
+    samples = root / "reports" / end / "samples.json"
     return {
-        "models": {"base": "base", "sft": "SFT", **policy} if measured else {},
+        "models": {"base": "base", "sft": "SFT", **policy},
         "steps": [
             {"name": step.name, "state": step.state, "seconds": step.seconds}
             | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
             for step in steps
         ],
-        "metrics": read_json(root / "metrics" / f"{measured}.json") if measured else {},
-        "samples": json.loads(samples.read_text(encoding="utf-8"))[:SAMPLES] if measured else [],
+        "metrics": read_json(root / "metrics" / f"{end}.json"),
+        "samples": json.loads(samples.read_text(encoding="utf-8"))[:SAMPLES] if samples.exists() else [],
         "parent_run": parent_run,
         "version": version,
         "registered": f"{params.promote.model_name} version {version}, alias challenger" if version else "",
@@ -100,14 +100,13 @@ def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print a run's end: results, times, samples, and the lines to type next."""
-    if summary["models"]:
-        results = Table(title="Before and after, on the test split", title_justify="left")
-        results.add_column()
-        for title in summary["models"].values():
-            results.add_column(title, justify="right")
-        for row in result_rows(summary):
-            results.add_row(*row)
-        console.print(results)
+    results = Table(title="Before and after, on the test split", title_justify="left")
+    results.add_column()
+    for title in summary["models"].values():
+        results.add_column(title, justify="right")
+    for row in result_rows(summary):
+        results.add_row(*row)
+    console.print(results)
     if "reward.accuracy" in summary["metrics"]:
         accuracy = summary["metrics"]["reward.accuracy"]
         console.print(f"The reward model prefers the better answer in {accuracy:.1%} of the test pairs.\n")
@@ -119,13 +118,12 @@ def show(summary: dict[str, Any], console: Console) -> None:
         times.add_row(*row)
     console.print(times)
 
-    if summary["models"]:
-        samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
-        for title in ["prompt", *summary["models"].values()]:
-            samples.add_column(title, ratio=1, overflow="fold")
-        for row in sample_rows(summary):
-            samples.add_row(*map(Text, row))  # a model may write [bold]
-        console.print(samples)
+    samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
+    for title in ["prompt", *summary["models"].values()]:
+        samples.add_column(title, ratio=1, overflow="fold")
+    for row in sample_rows(summary):
+        samples.add_row(*map(Text, row))  # a model may write [bold]
+    console.print(samples)
 
     console.print("\n".join(next_lines(summary)), highlight=False, markup=False)
 
@@ -136,8 +134,8 @@ def next_lines(summary: dict[str, Any]) -> list[str]:
     lines = {
         ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",
         "make ui": "all runs in MLflow: curves, parameters, models",
-        "make chat": "talk to the result",
         kept: "bring this run's parameters and models into the checkout",
+        "make chat" if summary["registered"] else "glmflow chat models/sft": "talk to the result",
         "dvc repro": "bring everything up to date after an edit",
         "dvc exp show": "compare runs",
         "make deploy": "schedules and runs from a web page",
@@ -153,7 +151,7 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
     create_markdown_artifact(f"```\n{data}\n```", key="data", description="Rows read, kept, dropped and why")
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
-        if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
+        if step["state"] == "ran" and has_curves(curves):  # those of a restored step are with the run that made it
             create_image_artifact(
                 curves_url(curves), key=artifact_key("curves", step["name"]), description=f"Curves of {step['name']}"
             )
@@ -190,6 +188,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table. A cell's own bars and line breaks would end it."""
     cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def has_curves(path: Path) -> bool:
+    """Whether a step has left curves: that of a base model that was not trained here has the heading alone."""
+    return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def curves_url(path: Path) -> str:
