@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows import ROOT, guard
 from flows.dvc_stage import stage_environment
@@ -57,6 +57,8 @@ def parse_value(name: str, text: str) -> Any:
         value = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         raise InputError(f"{name}: {text!r} is not a YAML value: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise InputError(f"{name}: {text!r} is not a YAML value: {str(error).splitlines()[0]}") from None
     if isinstance(value, str):
         try:
             return float(value)

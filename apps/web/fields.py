@@ -3,13 +3,14 @@
 A field's text is read as `-S NAME=VALUE` of the command line reads it, so that form and command say the same.
 """
 
+import copy
 import json
 import re
 import shlex
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -17,7 +18,7 @@ from pydantic.fields import FieldInfo
 from apps.web.paths import check_paths
 from flows import ROOT
 from flows.workspace import parse_value
-from glm.config import Params, load_params
+from glm.config import Params, load_params, validate_params
 from glm.errors import InputError
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # of pydantic's bounds
@@ -102,8 +103,14 @@ def as_text(value: Any) -> str:
 
 def current() -> dict[str, str]:
     """The text of every field as params.yaml has it now."""
-    values = load_params(FILE).model_dump()
+    values = _values(FILE.stat().st_mtime_ns)
     return {one.name: as_text(_dotted(values, one.name)) for one in parameters()}
+
+
+@lru_cache(maxsize=1)
+def _values(changed: int) -> dict[str, Any]:
+    """params.yaml, whose last change was then: reading YAML takes longer than all the rest."""
+    return load_params(FILE).model_dump()
 
 
 def _dotted(values: Any, name: str) -> Any:
@@ -149,8 +156,12 @@ def read_form(filled: Mapping[str, Filled]) -> Form:
             overrides[one.name] = value
         except InputError as error:
             faults[one.name] = _message(str(error), one.name)
+    values = copy.deepcopy(_values(FILE.stat().st_mtime_ns))
+    for name, value in overrides.items():
+        section, _, key = name.rpartition(".")
+        (_dotted(values, section) if section else values)[key] = value
     try:
-        load_params(FILE, overrides)
+        validate_params(values, str(FILE))
     except InputError as error:
         for line in str(error).splitlines():
             where, _, message = line.removeprefix(f"{FILE}: ").partition(": ")

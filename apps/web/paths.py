@@ -33,7 +33,8 @@ def check_path(field: str, text: str) -> str:
 def check_paths(field: str, value: Any) -> None:
     """`check_path` for every text of a parameter's value, whatever lists or mappings it stands in."""
     if isinstance(value, str):
-        check_path(field, value)
+        for part in value.split(","):
+            check_path(field, part)
     elif isinstance(value, dict):
         for key, inner in value.items():
             check_paths(field, key)

@@ -38,7 +38,7 @@ def build(tab: gr.Tab, text: Texts) -> None:
     def compare(ids: list[str]) -> tuple[Any, ...]:
         runs = runs_of(ids)
         named = sorted({name for run in runs for name in curve_names(run)})
-        best = next((name for name in named if name.endswith("/reward")), named[0] if named else None)
+        best = min(named, key=lambda name: not name.endswith(("/reward", "/loss")), default=None)
         return side_by_side(runs, text), gr.Dropdown(choices=named, value=best)
 
     def draw(ids: list[str], name: str | None) -> str:

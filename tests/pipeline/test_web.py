@@ -32,7 +32,7 @@ def serving(project: Project, *words: str, **env: str) -> Iterator[str]:
     process = subprocess.Popen(command, cwd=project.root, env=project.env | env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: is_up(url), 180)
+        wait_for(lambda: is_up(url), 300)
         yield url
     finally:
         process.terminate()
@@ -46,7 +46,7 @@ def is_up(url: str) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -103,6 +103,7 @@ def feedback(project: Project, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_train(project: Project, prefect_api: str, browser) -> None:
     """A fault in place, a run that outlives the page and is found again, stopped cleanly, and resumed to its end."""
     with serving(project, SLEEP_sft="600") as url:
@@ -242,6 +243,7 @@ def choose(page, selector: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
+@pytest.mark.slow
 def test_data_and_runs(project: Project, browser) -> None:
     """Rows are paged through in the shape of a use; runs in MLflow stand side by side."""
     project.flow("--until", "evaluate_sft")
