@@ -45,6 +45,8 @@ PADDED: dict[str, Any] = {"packing": False, "torch_compile": False, "per_device_
 PACKED: dict[str, Any] = {"tokens_per_step": 4096, "tokens_per_forward": 4096}
 FINAL: dict[str, Any] = {**PACKED, "torch_compile": True, "activation_checkpointing": "none"}
 
+UNFUSED: dict[str, Any] = {**FINAL, "fused_layers": False}
+
 # name → (what changed against the row before, values of the section, optimizer steps: a multiple of WINDOW)
 PATH: dict[str, tuple[str, dict[str, Any], int]] = {
     "padded": (
@@ -54,20 +56,23 @@ PATH: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "packed": (
         "+ packed rows of 4,096 tokens",
-        {**PACKED, "torch_compile": False, "activation_checkpointing": "full", "lora_dropout": 0.1},
+        {**UNFUSED, "torch_compile": False, "activation_checkpointing": "full", "lora_dropout": 0.1},
         12,
     ),
     "dropout": (
         "+ no LoRA dropout",
-        {**PACKED, "torch_compile": False, "activation_checkpointing": "full"},
+        {**UNFUSED, "torch_compile": False, "activation_checkpointing": "full"},
         12,
     ),
-    "full": ("+ layers compiled", {**FINAL, "activation_checkpointing": "full"}, 16),
-    "selective": ("+ selective checkpointing", {**FINAL, "activation_checkpointing": "selective"}, 16),
-    "final": ("+ no checkpointing", FINAL, 20),
+    "compiled": ("+ layers compiled", {**UNFUSED, "activation_checkpointing": "full"}, 16),
+    "selected": ("+ selective checkpointing", {**UNFUSED, "activation_checkpointing": "selective"}, 16),
+    "unfused": ("+ no checkpointing", UNFUSED, 20),
+    "final": ("+ fused layers, the last one at labels only", FINAL, 20),
 }
 # What else can be chosen, each against `final`.
 OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "full": ("full checkpointing", {**FINAL, "activation_checkpointing": "full"}, 16),
+    "selective": ("selective checkpointing", {**FINAL, "activation_checkpointing": "selective"}, 16),
     "eager": ("layers not compiled", {**FINAL, "torch_compile": False}, 12),
     "rows-2048": ("the same step in rows of 2,048", {**FINAL, "tokens_per_forward": 2048}, 16),
     "flex": ("attn_implementation flex_attention", {**FINAL, "attn_implementation": "flex_attention"}, 16),

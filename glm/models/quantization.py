@@ -11,6 +11,9 @@ It is registered with transformers as quantisation method "cpm", so that saving 
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +65,60 @@ def keep_bitsandbytes_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@torch.library.custom_op("glm::int8_product", mutates_args=())
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """bitsandbytes' int8 product of x [..., in] with a weight [out, in]; backward as there, but without keeping x.
+
+    bitsandbytes keeps the input outside of what checkpointing sees, so that it lives until the backward pass.
+    """
+    from bitsandbytes import MatmulLtState, matmul
+
+    state = MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights = weight, scale, threshold, False
+    return matmul(x, weight, bias=bias, state=state)
+
+
+@int8_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _int8_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    weight, scale = ctx.saved_tensors
+    return gradient @ (weight.to(gradient.dtype) * (scale / 127)[:, None].to(gradient.dtype)), None, None, None, None
+
+
+int8_product.register_autograd(_int8_backward, setup_context=_keep_weight)
+
+
+@contextmanager
+def lean_int8(model: nn.Module) -> Iterator[None]:
+    """Inside, bitsandbytes' int8 linears, frozen, compute by `int8_product`."""
+    linears = [
+        module
+        for module in model.modules()
+        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt"
+    ]
+    for linear in linears:
+        if linear.weight.CB is not None:
+            linear.init_8bit_state()
+        bias = None if linear.bias is None else linear.bias.data
+        linear.forward = partial(_int8_forward, linear.state.CB, linear.state.SCB, bias, linear.state.threshold)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _int8_forward(weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, x: Tensor) -> Tensor:
+    return int8_product(x, weight, scale, None if bias is None else bias.to(x.dtype), threshold)
 
 
 def row_scales(weight: Tensor, bits: int) -> Tensor:

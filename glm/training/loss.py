@@ -1,5 +1,6 @@
 """Next-token loss where labels are, and nowhere else: neither computed nor kept for prompts and padding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,19 +22,21 @@ def label_positions(labels: Tensor) -> dict[str, Tensor]:
     return {"positions": rows * labels.shape[1] + columns, "targets": labels[rows, columns + 1]}
 
 
-def cross_entropy_sum(hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int, *, compiled: bool = False
+) -> Tensor:
     """Sum over tokens of -log softmax(head(hidden))[target], in float32.
 
     `hidden` [n, hidden size] are the last hidden states at the positions to predict from, `targets` [n] token ids. No
     more than CHUNK_LOGITS logits exist at a time. Under a frozen head the gradient of `hidden` is made on the way, so
     that nothing is computed twice; under a trained one the backward pass computes the logits again. What fits one
-    chunk is simply kept.
+    chunk is simply kept. `compiled`: under a frozen head, what comes after its product is.
     """
     chunk = max(1, CHUNK_LOGITS // vocabulary)
     if len(targets) <= chunk:
         return _chunk(hidden, head, targets)
     if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
-        return _FrozenHead.apply(hidden, head, targets, chunk)
+        return _FrozenHead.apply(hidden, head, targets, chunk, _compiled_loss if compiled else _loss)
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(_chunk, states, head, wanted, use_reentrant=False, preserve_rng_state=False)
@@ -41,16 +44,25 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Module, targets: Tensor, vocabula
 
 
 def _chunk(states: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(states).float(), targets, reduction="sum")
+    return _loss(head(states), targets)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+_compiled_loss = torch.compile(_loss, dynamic=True)
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int, loss_of: Callable[..., Tensor]
+    ) -> Tensor:
         gradients, total = [], hidden.new_zeros((), dtype=torch.float32)
         for states, wanted in zip(hidden.detach().split(chunk), targets.split(chunk), strict=True):
             with torch.enable_grad():
-                loss = _chunk(states.requires_grad_(), head, wanted)
+                loss = loss_of(head(states.requires_grad_()), wanted)
             gradients += torch.autograd.grad(loss, states)
             total += loss.detach()
         ctx.save_for_backward(torch.cat(gradients))
@@ -58,4 +70,4 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradient_of_sum: Tensor) -> Any:
-        return ctx.saved_tensors[0] * gradient_of_sum[0], None, None, None
+        return ctx.saved_tensors[0] * gradient_of_sum[0], None, None, None, None
