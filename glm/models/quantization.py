@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,28 +96,37 @@ def _int8_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None
 int8_product.register_autograd(_int8_backward, setup_context=_keep_weight)
 
 
-@contextmanager
-def lean_int8(model: nn.Module) -> Iterator[None]:
-    """Inside, bitsandbytes' int8 linears, frozen, compute by `int8_product`."""
-    linears = [
-        module
-        for module in model.modules()
-        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt"
-    ]
-    for linear in linears:
+class LeanInt8(nn.Module):
+    """A frozen int8 linear of bitsandbytes that computes by `int8_product`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
         if linear.weight.CB is not None:
             linear.init_8bit_state()
-        bias = None if linear.bias is None else linear.bias.data
-        linear.forward = partial(_int8_forward, linear.state.CB, linear.state.SCB, bias, linear.state.threshold)
+        self.codes, self.scale, self.threshold = linear.state.CB, linear.state.SCB, linear.state.threshold
+        self.bias = None if linear.bias is None else linear.bias.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_product(
+            x, self.codes, self.scale, None if self.bias is None else self.bias.to(x.dtype), self.threshold
+        )
+
+
+@contextmanager
+def lean_int8(model: nn.Module) -> Iterator[None]:
+    """Inside, `LeanInt8` stand for the int8 linears of bitsandbytes that `model` has."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt"
+    }
+    for name, linear in linears.items():
+        model.set_submodule(name, LeanInt8(linear))
     try:
         yield
     finally:
-        for linear in linears:
-            del linear.forward
-
-
-def _int8_forward(weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, x: Tensor) -> Tensor:
-    return int8_product(x, weight, scale, None if bias is None else bias.to(x.dtype), threshold)
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
 
 
 def row_scales(weight: Tensor, bits: int) -> Tensor:

@@ -21,7 +21,7 @@ from glm.data.collate import pad_ids
 from glm.generation import decode_step
 
 COLUMNS = 64  # on the CPU attention's width is a multiple of it
-GRAPH_COLUMNS = 512  # on a GPU the widths are this and its doublings, each with graphs of its own
+GRAPH_COLUMNS = 256  # on a GPU the widths are this and its doublings, each with graphs of its own
 PREFILL_TOKENS = 8192  # prompt tokens, padding counted, of one forward pass
 
 

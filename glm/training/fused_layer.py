@@ -97,7 +97,7 @@ def fused_layer(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     attended, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
     attended = attended.reshape(1, length, -1)
-    if keep is not None and block.is_last:
+    if block.is_last and keep is not None:  # in this order: compiled code of other layers must not depend on `keep`
         attended, hidden_states = attended[:, keep], hidden_states[:, keep]
     hidden_states = hidden_states + _project(attended, block.out)
     gate, up = _project(layer.post_attention_layernorm(hidden_states), block.gate_up).chunk(2, dim=-1)
