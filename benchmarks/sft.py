@@ -80,7 +80,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 AUTO: dict[str, Any] = {**FINAL, "activation_checkpointing": "auto"}
 BUDGETS = (32, 20, 15)  # GB, within which `auto` has to choose
-QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 12}
+QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 10}
 
 
 def matmul_limit(parameters: int) -> tuple[float, float]:
@@ -269,9 +269,9 @@ def cpu(steps: int, console: Console) -> None:
         found = stock(model, dialogues, params.sft, batch_size=size, steps=steps, first=steps // 2)
         return found["examples_per_second"]
 
-    def stage(name: str, packing: bool) -> float:
+    def stage(name: str, packing: bool, fused: bool = False) -> float:
         speeds: list[float] = []
-        changes = {"packing": packing, "max_steps": steps, "logging_steps": steps // 2}
+        changes = {"packing": packing, "fused_layers": fused, "max_steps": steps, "logging_steps": steps // 2}
         section = getattr(params, name).model_copy(update=changes)
         model, _ = load_base(params)
         options: dict[str, Any] = {
@@ -288,8 +288,10 @@ def cpu(steps: int, console: Console) -> None:
         "SFT, transformers + PEFT, padded": transformers,
         "SFT, padded": partial(stage, "sft", False),
         "SFT, packed": partial(stage, "sft", True),
+        "SFT, packed, fused layers": partial(stage, "sft", True, fused=True),
         "reward, padded": partial(stage, "reward", False),
         "reward, packed": partial(stage, "reward", True),
+        "reward, packed, fused layers": partial(stage, "reward", True, fused=True),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(5):

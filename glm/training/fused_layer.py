@@ -20,6 +20,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb, eager_att
 from glm.models.adapters import last_hidden
 from glm.models.glm_linears import active_loras, base_of, is_plain, linears_of
 from glm.models.prefix import prefix_of
+from glm.training.product import on_cpu, product
 
 
 class Lora(NamedTuple):
@@ -146,7 +147,7 @@ def _project(inputs: Tensor, projection: Projection) -> Tensor:
             for size, each in zip(sizes, loras, strict=True)
         )
     )
-    if weight.dtype == torch.float32 and not weight.is_cuda:
+    if on_cpu(weight):
         return _Merged.apply(inputs, weight, bias, down, up)
     return F.linear(inputs, weight, bias) + F.linear(F.linear(inputs, down), up)
 
@@ -157,21 +158,14 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight, down, up)
-        return _product(inputs, torch.addmm(weight, up, down), bias)
+        return product(inputs, torch.addmm(weight, up, down), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         inputs, weight, down, up = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
-        of_inputs = _product(gradients[0], torch.addmm(weight, up, down).t()) if wanted else None
+        of_inputs = product(gradients[0], torch.addmm(weight, up, down).t()) if wanted else None
         inputs, gradient = inputs.flatten(0, -2), gradients[0].flatten(0, -2)
-        of_down = _product(_product(gradient, up.t()).t(), inputs.t())
-        of_up = _product(_product(inputs, down).t(), gradient.t()).t()
+        of_down = product(product(gradient, up.t()).t(), inputs.t())
+        of_up = product(product(inputs, down).t(), gradient.t()).t()
         return of_inputs, None, None, of_down, of_up
-
-
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by oneDNN, whose float32 products take under half the time of MKL's on an AMD CPU with AVX-512."""
-    if not torch.backends.mkldnn.is_available():
-        return F.linear(inputs, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")

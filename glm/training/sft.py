@@ -56,7 +56,7 @@ class SftLoss(nn.Module):
             hidden = hidden_at(self.model, positions, fused=self.fused, **inputs)
         with half_precision(self.model):
             head, vocabulary = self.model.get_output_embeddings(), self.model.config.vocab_size
-            return cross_entropy_sum(hidden, head, targets, vocabulary, compiled=self.compiled)
+            return cross_entropy_sum(hidden, head, targets, vocabulary, compiled=self.compiled, fused=self.fused)
 
 
 @contextmanager
