@@ -100,13 +100,14 @@ def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print a run's end: results, times, samples, and the lines to type next."""
-    results = Table(title="Before and after, on the test split", title_justify="left")
-    results.add_column()
-    for title in summary["models"].values():
-        results.add_column(title, justify="right")
-    for row in result_rows(summary):
-        results.add_row(*row)
-    console.print(results)
+    if summary["models"]:
+        results = Table(title="Before and after, on the test split", title_justify="left")
+        results.add_column()
+        for title in summary["models"].values():
+            results.add_column(title, justify="right")
+        for row in result_rows(summary):
+            results.add_row(*row)
+        console.print(results)
     if "reward.accuracy" in summary["metrics"]:
         accuracy = summary["metrics"]["reward.accuracy"]
         console.print(f"The reward model prefers the better answer in {accuracy:.1%} of the test pairs.\n")
@@ -118,12 +119,13 @@ def show(summary: dict[str, Any], console: Console) -> None:
         times.add_row(*row)
     console.print(times)
 
-    samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
-    for title in ["prompt", *summary["models"].values()]:
-        samples.add_column(title, ratio=1, overflow="fold")
-    for row in sample_rows(summary):
-        samples.add_row(*map(Text, row))  # a model may write [bold]
-    console.print(samples)
+    if summary["models"]:
+        samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
+        for title in ["prompt", *summary["models"].values()]:
+            samples.add_column(title, ratio=1, overflow="fold")
+        for row in sample_rows(summary):
+            samples.add_row(*map(Text, row))  # a model may write [bold]
+        console.print(samples)
 
     console.print("\n".join(next_lines(summary)), highlight=False, markup=False)
 

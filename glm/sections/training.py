@@ -60,6 +60,11 @@ class Training(Tuned):
     tokens_per_step: int | None = Field(
         None, ge=64, description="tokens of an optimizer step, in place of a number of examples; needs packing"
     )
+    fused_layers: bool = Field(
+        True,
+        description="packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where "
+        "the loss looks",
+    )
     torch_compile: bool | Literal["auto"] = Field(
         "auto", description="compile the decoder layers; auto: on a GPU, packed, if the run is long enough to gain"
     )

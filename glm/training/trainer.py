@@ -69,7 +69,7 @@ def trainer_for(
     with (
         tempfile.TemporaryDirectory() as scratch,
         attention_of(causal, plan.attention),
-        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
+        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
     ):
         yield StepTrainer(
             model=loss,
