@@ -30,7 +30,7 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from flows import ROOT, report
-from flows.dvc_stage import DvcCacheKey, RefusedError, output_hashes, reproduce, run_cache_key, unchanged
+from flows.dvc_stage import RefusedError, output_hashes, reproduce, run_cache_key, run_cache_keys
 from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board
@@ -74,18 +74,22 @@ def not_refused(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 @task(
-    cache_policy=DvcCacheKey(),
+    cache_key_fn=lambda context, inputs: inputs["key"],
     persist_result=True,
     result_serializer="json",
     retry_delay_seconds=5,
     retry_condition_fn=not_refused,
 )
-def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any]:
-    """Bring one stage up to date. The task's state says "Cached" if that took no execution of its command."""
-    executed = run_cache_key(step, Path(root)) is None and reproduce(
-        step, Path(root), time_limit, {"GLMFLOW_PARENT_RUN_ID": parent_run}
-    )
-    data = {"key": run_cache_key(step, Path(root)), "outputs": output_hashes(step, Path(root))}
+def stage(step: str, root: str, time_limit: float, parent_run: str, key: str | None) -> State[Any]:
+    """Bring one stage up to date. The task's state says "Cached" if that took no execution of its command.
+
+    `key` is the stage's in DVC's run cache, and so in Prefect's; None: it is not up to date.
+    """
+    executed = False
+    if key is None:
+        executed = reproduce(step, Path(root), time_limit, {"GLMFLOW_PARENT_RUN_ID": parent_run})
+        key = run_cache_key(step, Path(root))
+    data = {"key": key, "outputs": output_hashes(step, Path(root))}
     if executed:
         return Completed(message="DVC executed the stage", data=data)
     return Completed(name="Cached", message="DVC has the outputs: nothing was executed", data=data)
@@ -110,18 +114,20 @@ def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         The summary that `flows.report` shows.
     """
     overrides = overrides or {}
-    check(overrides)
     if not overrides and deployment.id is None:
+        check(ROOT)
         return run_stages(ROOT, flow_run.name)
+    load_params(ROOT / "params.yaml", overrides)  # wrong ones are refused before anything is fetched
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
     with workspace(flow_run.name, overrides) as root:
+        check(root)
         return run_stages(root, flow_run.name) | {"experiment": flow_run.name}
 
 
-def check(overrides: dict[str, Any]) -> None:
-    """Raise an InputError if the parameters, or the data and model that they name, are not right."""
-    with chdir(ROOT):
+def check(root: Path, overrides: dict[str, Any] | None = None) -> None:
+    """Raise an InputError if the parameters in `root`, or the data and model that they name, are not right."""
+    with chdir(root):
         check_inputs(load_params("params.yaml", overrides))
 
 
@@ -130,9 +136,10 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any
 
     `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
     """
-    board = make_board(list(STAGES), root, ["register"])
+    keys = run_cache_keys(list(STAGES), root)
+    board = make_board(list(STAGES), root, keys, ["register"])
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        run_steps(list(STAGES), root, board, parent_run, done)
+        run_steps(list(STAGES), root, board, keys, parent_run, done)
         with board.running("register") as line:
             version = register_result(str(root), parent_run, ours)
             line.state = "ran"
@@ -151,19 +158,30 @@ def write_report(root: Path, name: str, parent_run: str | None, summary: dict[st
     keep_file(parent_run, page)
 
 
-def make_board(steps: Sequence[str], root: Path, more: Sequence[str] = ()) -> Board:
+def make_board(steps: Sequence[str], root: Path, keys: Mapping[str, str], more: Sequence[str] = ()) -> Board:
     """The board of a run of `steps` in `root`, then of what is no stage. The stage `policy` goes by its algorithm."""
     names = programs(load_params(root / "params.yaml").algorithm, steps)
-    return Board([*names, *more], root, names[: len(unchanged(steps, root))])
+    return Board([*names, *more], root, names[: len(keys)])
 
 
-def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
-    """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised."""
+def run_steps(
+    steps: Sequence[str],
+    root: Path,
+    board: Board,
+    keys: Mapping[str, str],
+    parent_run: str | None,
+    done: list[str],
+) -> None:
+    """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised.
+
+    `keys` are those of the first stages, which are up to date (`run_cache_keys`).
+    """
     for step, name in zip(steps, programs(load_params(root / "params.yaml").algorithm, steps), strict=True):
         run = stage.with_options(name=name, task_run_name=name, retries=STAGES[step].retries)
         with board.running(name) as line:
             stop_if_asked()
-            state = run(step, str(root), STAGES[step].time_limit, parent_run or "", return_state=True)
+            key = keys.get(step) or run_cache_key(step, root)
+            state = run(step, str(root), STAGES[step].time_limit, parent_run or "", key, return_state=True)
             state.result()
             line.state = "cached" if state.name == "Cached" else "ran"
         done.append(name)
@@ -232,7 +250,7 @@ def main() -> int:
 def run_command(arguments: argparse.Namespace) -> int:
     """What the command line asks for."""
     overrides = parse_overrides(arguments.overrides)
-    check(overrides)
+    check(ROOT, overrides)
     if overrides and (files := uncommitted()):
         raise InputError(
             f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"

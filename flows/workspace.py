@@ -21,15 +21,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from flows import ROOT, guard
-from flows.dvc_stage import stage_environment
+from flows.cache_check import drop_corrupted
+from flows.dvc_stage import cache_folder, stage_environment
 from flows.interrupt import interruptible
 from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_text
+from tasks.lineage import hashes_in_lock
 
 FOLDER = ROOT / ".worktrees"
 REMOTE = "GLMFLOW_DVC_REMOTE"  # environment variable: where data and results come from and go to, s3://bucket/path
@@ -113,6 +116,8 @@ def restore(root: Path) -> None:
     """Bring what DVC tracks in the worktree out of the cache, or the remote of REMOTE, as far as it is there."""
     bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
     dvc(root, *bring, "--allow-missing", "--force", "--quiet")
+    if wrong := drop_corrupted(hashes_in_lock(root / "dvc.lock"), root, cache_folder(root)):
+        get_run_logger().warning("DVC's cache was corrupted and is made again: %s", ", ".join(wrong))
 
 
 def keep(root: Path, name: str, steps: Sequence[str] = ()) -> None:
@@ -136,8 +141,7 @@ def share_cache(root: Path) -> None:
         shutil.copy(local, root / ".dvc" / "config.local")
     if REMOTE in os.environ:
         dvc(root, "remote", "add", "--local", "--default", "--force", "elsewhere", os.environ[REMOTE])
-    cache = dvc(ROOT, "cache", "dir").strip()
-    dvc(root, "config", "--local", "cache.dir", str((ROOT / cache).resolve()))
+    dvc(root, "config", "--local", "cache.dir", str(cache_folder(ROOT)))
 
 
 def write_overrides(path: Path, overrides: Mapping[str, Any]) -> None:

@@ -143,23 +143,37 @@ def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRe
     assert_whole(project)
 
 
+def damage(path: Path) -> None:
+    """Cut a file of a cache off, as a bad disk or a power failure does: it looks as before, and as read-only."""
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:10])
+    path.chmod(mode)
+
+
 @pytest.mark.slow
-def test_a_corrupted_cache_entry(project: Project) -> None:
+def test_corrupted_cache_entries(project: Project) -> None:
     project.flow()
     project.executed()
-    hash_file = project.dvc("get", ".", "models/sft", "--show-url").strip()
-    assert hash_file.endswith(".dir")
+    cache = project.root / ".dvc" / "cache"
     made = project.root / "models" / "sft" / "made_with.json"
     content = made.read_bytes()
-    entry = next(
-        path
-        for path in (project.root / ".dvc/cache/files").rglob("*")
-        if path.is_file() and path.read_bytes() == content
-    )
-    entry.chmod(0o644)
-    entry.write_bytes(content[:10])
-    entry.chmod(0o444)
-    shutil.rmtree(made.parent)
-    project.flow()
-    assert made.read_bytes() == content
+    listing = Path(project.dvc("get", ".", "models/sft", "--show-url").strip())
+    entry = next(path for path in cache.glob("files/md5/??/*") if path.read_bytes() == content)
+    runs, results = cache.glob("runs/*/*/*"), (project.root / ".prefect" / "storage").glob("*")
+    for broken in ([entry], [listing], [*runs], [*results]):
+        assert broken
+        for path in broken:
+            damage(path)
+        shutil.rmtree(made.parent)
+        project.flow()
+        assert made.read_bytes() == content
+        assert set(project.executed()) <= {"sft"}
     assert_whole(project)
+
+    # the same in a workspace, which takes everything out of the cache
+    project.commit()
+    damage(entry)
+    project.flow("-S", "evaluate.max_samples=3")
+    assert project.executed()[0] == "sft"
+    assert entry.read_bytes() == content
