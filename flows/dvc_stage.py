@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 
 from flows import ROOT, guard
 from flows.cache_check import drop_corrupted
+from flows.errors import RefusedError, StageError
 from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
 
@@ -33,14 +34,6 @@ BUSY = "it is being blocked by"  # what DVC says, and gives up, when a plain `dv
 REFUSED = re.compile(r"exited with 2$", re.MULTILINE)
 DVC_SAYS = re.compile(r"Running stage '|> python |ERROR: failed to reproduce")
 TAIL = 25  # lines of a failed stage's output that are shown
-
-
-class StageError(RuntimeError):
-    """A stage failed or ran out of time. The message ends with the last lines of its output."""
-
-
-class RefusedError(StageError):
-    """A stage refused its input (exit status 2): another try would not help. The message is the stage's own."""
 
 
 def run_cache_key(step: str, root: Path) -> str | None:

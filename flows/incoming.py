@@ -32,7 +32,7 @@ def bring_in(root: Path, data: Data, known_revisions: Callable[[], dict[str, str
 
     Raises:
         InputError: an unpinned hub dataset was never seen, and the hub does not answer.
-        RuntimeError: DVC cannot reach a source or the remote.
+        CommandError: DVC cannot reach a source or the remote.
     """
     folder = root / data.dataset_dir
     said = tracked(root, folder)
@@ -63,7 +63,6 @@ def tracked(root: Path, folder: Path) -> list[str]:
 def pin_revisions(folder: Path, data: Data, known_revisions: Callable[[], dict[str, str]]) -> list[str]:
     """Write the newest commit of each used hub dataset that has no `revision` into the workspace's registry."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     free = {name: entry for name, entry in read_registry(folder, used(data)).items() if not entry.revision}
     unpinned = {name: found for name, entry in free.items() if (found := hub_repository(name, entry, folder))}
@@ -75,7 +74,7 @@ def pin_revisions(folder: Path, data: Data, known_revisions: Callable[[], dict[s
     for name, repository in unpinned.items():
         try:
             revision = str(HfApi().dataset_info(repository, timeout=30).sha)
-        except (OSError, HfHubHTTPError) as error:
+        except Exception as error:  # the hub's and the network's faults have many classes and no common one
             if name not in known:
                 raise InputError(
                     f"dataset {name!r}: the hub cannot be asked for the newest commit of {repository} ({error}); "

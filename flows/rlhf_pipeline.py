@@ -30,7 +30,8 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from flows import ROOT, report
-from flows.dvc_stage import RefusedError, output_hashes, reproduce, run_cache_key, run_cache_keys
+from flows.dvc_stage import output_hashes, reproduce, run_cache_key, run_cache_keys
+from flows.errors import RefusedError
 from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board

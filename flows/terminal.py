@@ -10,7 +10,7 @@ from importlib import import_module
 from threading import Thread
 
 from flows import ROOT
-from flows.dvc_stage import RefusedError, StageError
+from flows.errors import FlowError, RefusedError
 from flows.interrupt import handle_ctrl_c
 from flows.server import prefect_api
 from glm.errors import InputError
@@ -39,7 +39,7 @@ def quieten() -> None:
 
 
 def exit_status(command: Callable[[], int], stopped: str) -> int:
-    """Run a command. Its own exit status, or 1: a stage failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
+    """Run a command. Its exit status, or 1: something failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # until then, see flows/__init__.py
     gc.freeze()
     gc.enable()
@@ -48,7 +48,7 @@ def exit_status(command: Callable[[], int], stopped: str) -> int:
     except (InputError, RefusedError) as error:
         print(error, file=sys.stderr)
         return 2
-    except StageError as error:
+    except FlowError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

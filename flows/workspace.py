@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from flows import ROOT, guard
 from flows.cache_check import drop_corrupted
 from flows.dvc_stage import cache_folder, stage_environment
+from flows.errors import CommandError
 from flows.interrupt import interruptible
 from glm.config import load_params
 from glm.errors import InputError
@@ -207,5 +208,5 @@ def command(words: list[str], cwd: Path) -> str:
     environment = author() | stage_environment()
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+        raise CommandError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -2,7 +2,7 @@
 
 import os
 
-from flows.registry import SmokeTestError
+from flows.errors import SmokeTestError
 
 
 def smoke_test(model_uri: str) -> None:
