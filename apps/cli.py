@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.errors import FlowError
 from glm.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="The RLHF pipeline's own commands.")
@@ -307,8 +306,10 @@ def _knobs(section: Any, values: Any, prefix: str = "") -> list[tuple[str, str, 
 
 
 def main() -> None:
-    """Entry point of the installed command. Wrong input is told in its one message, with exit status 2; a failure, 1."""
+    """Entry point of the installed command. Wrong input and failures are one message, with exit status 2 and 1."""
     sys.path.insert(0, "")  # the code of the folder one stands in, as `python -m` has it
+    from flows.errors import FlowError
+
     try:
         app()
     except InputError as error:
