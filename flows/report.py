@@ -141,7 +141,7 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
     create_markdown_artifact(f"```\n{data}\n```", key="data", description="Rows read, kept, dropped and why")
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
-        if step["state"] == "ran" and curves.exists():  # those of a restored step are with the run that made it
+        if step["state"] == "ran" and has_points(curves):  # those of a restored step are with the run that made it
             create_image_artifact(
                 curves_url(curves), key=artifact_key("curves", step["name"]), description=f"Curves of {step['name']}"
             )
@@ -178,6 +178,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table. A cell's own bars and line breaks would end it."""
     cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def has_points(path: Path) -> bool:
+    """Did a stage log anything to its plots/*.csv? One of a few steps may not."""
+    return path.exists() and path.read_text(encoding="utf-8").count("\n") > 1
 
 
 def curves_url(path: Path) -> str:
