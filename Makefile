@@ -30,8 +30,8 @@ help: ## list the commands
 run: .venv/ready ## run the pipeline on the embedded default (or what params.yaml says), seven minutes
 	@python -m flows.rlhf_pipeline $(ARGS)
 
-test: .venv/ready ## run all tests
-	@python -m pytest $(ARGS)
+test: .venv/ready ## run all tests, as many at a time as there are cores, four at most
+	@OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: .venv/ready ## run the tests that take minutes: twenty kills, servers elsewhere
 	@GLMFLOW_KILL_TRIALS=20 python -m pytest -m slow $(ARGS)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from flows.report import mlflow_pages, table
@@ -40,6 +41,7 @@ COST = (
     Column("examples_per_second", "examples/s", 1),
     Column("tokens_per_second", "tokens/s", 0),
     Column("seconds", "time, s", 0),
+    Column("cpu_seconds", "CPU time, s", 0),
 )
 COLUMNS = {"evaluate_sft": (*TEXT, *COST), "evaluate": (*POLICY, *TEXT, *COST)}
 BEFORE = {"evaluate_sft": ["base"], "evaluate": ["base", "sft"]}  # rows to compare with, untuned first
@@ -126,11 +128,11 @@ def before(who: str, outcomes: Sequence[Outcome], varied: Sequence[str]) -> list
     return [Result(who, seed, values) for seed, values in {cell.seed: cell.before[who] for cell in good}.items()]
 
 
-def table_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+def table_rows(report: Report, columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of means, as text."""
-    header = ["", *(column.title for column in report.columns), "seeds"]
+    header = ["", *(column.title for column in columns), "seeds"]
     return header, [
-        [row.variant, *(comparison.text(row, column) for column in report.columns), seeds(row)] for row in report.rows
+        [row.variant, *(comparison.text(row, column) for column in columns), seeds(row)] for row in report.rows
     ]
 
 
@@ -154,7 +156,7 @@ def markdown(report: Report) -> str:
     """Both tables, and where to read on."""
     parts = [
         f"# {report.name}",
-        table(*table_rows(report)),
+        table(*table_rows(report, report.columns)),
         "Mean ± standard deviation over the seeds, on the same held-out rows; greedy answers. Speed and time are those "
         "of the step that trained; peak memory is what the GPU had allocated, or on a CPU the process's resident set.",
         "A cell's name is that of its DVC experiment (`dvc exp show`, `dvc exp apply NAME`) and of its MLflow run.",
@@ -191,7 +193,7 @@ def write(report: Report, root: Path) -> Path:
 
 def publish(report: Report) -> None:
     """Prefect artifacts of the flow run: the table, the cells, the link to MLflow."""
-    header, cells = table_rows(report)
+    header, cells = table_rows(report, report.columns)
     header[0] = "variant"
     create_table_artifact(
         [dict(zip(header, row, strict=True)) for row in cells], key="comparison", description=report.name
@@ -202,14 +204,20 @@ def publish(report: Report) -> None:
 
 
 def show(report: Report, folder: Path, console: Console) -> None:
-    """Print the table, what failed, and where to look further."""
-    header, cells = table_rows(report)
-    shown = Table(title=f"{report.name}: mean ± standard deviation over the seeds", title_justify="left")
-    for position, title in enumerate(header):
-        shown.add_column(title, justify="right" if position else "left")
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    """Print the table in parts that fit a terminal, what failed, and where to look further."""
+    console.print(f"{report.name}: mean ± standard deviation over the seeds", markup=False, highlight=False)
+    for group in (POLICY, TEXT, COST):
+        columns = [column for column in report.columns if column in group]
+        header, cells = table_rows(report, columns)
+        part = Table()
+        for position, title in enumerate(header):
+            part.add_column(title, justify="right" if position else "left", no_wrap=True)
+        for row in cells:
+            part.add_row(*row)
+        if columns:  # every digit, also where the terminal is narrower, or where there is none
+            wanted = Measurement.get(console, console.options.update(width=1000), part).maximum
+            console.width = max(console.width, wanted)
+            console.print(part)
     for cell in report.failed:
         console.print(f"{cell.name} failed: {cell.error}", style="red", markup=False, highlight=False, soft_wrap=True)
     lines = [

@@ -36,7 +36,7 @@ from glm.sections.policy import (
 )
 from glm.sections.result import Evaluate, Export, MetricGate, Promote, PromoteMetrics, Tracking
 from glm.sections.section import Section
-from glm.sections.training import Method, Reward, Sft, Training
+from glm.sections.training import Method, Reward, Sft, Training, Tuned
 
 __all__ = [
     "EMBEDDED",
@@ -70,6 +70,7 @@ __all__ = [
     "Sft",
     "Tracking",
     "Training",
+    "Tuned",
     "load_params",
     "validate_params",
 ]
@@ -97,16 +98,22 @@ class Params(Section):
     promote: Promote = Promote()
     tracking: Tracking = Tracking()
 
+    @property
+    def tuned(self) -> dict[str, Tuned]:
+        """The sections by whose `method` something is trained; not those of algorithms that are not chosen."""
+        sections = {name: getattr(self, name) for name in ("sft", "reward", self.algorithm)}
+        return {name: section for name, section in sections.items() if isinstance(section, Tuned)}
+
     @model_validator(mode="after")
     def methods_can_be(self) -> Self:
         """Refuse what no code could train."""
         kind = self.model.quantization
-        for stage in ("sft", "reward", "ppo"):
-            method = getattr(self, stage).method
-            if kind != "none" and method in ("freeze", "full"):
+        for stage, section in self.tuned.items():
+            if kind != "none" and section.method in ("freeze", "full"):
                 raise ValueError(
-                    f"{stage}.method {method} trains weights themselves, and those of model.quantization {kind} are "
-                    "rounded to a few bits, which no gradient can move: choose lora or p_tuning, or quantization none"
+                    f"{stage}.method {section.method} trains weights themselves, and those of model.quantization "
+                    f"{kind} are rounded to a few bits, which no gradient can move: choose lora or p_tuning, or "
+                    "quantization none"
                 )
         if kind != "none" and self.sft.init_lora_weights == "pissa":
             raise ValueError(
@@ -115,8 +122,7 @@ class Params(Section):
             )
         if self.sft.use_dora and self.sft.init_lora_weights == "pissa":
             raise ValueError("sft.use_dora and sft.init_lora_weights pissa: the one's norms hide the other's start")
-        for stage in ("sft", "reward"):
-            section = getattr(self, stage)
+        for stage, section in (("sft", self.sft), ("reward", self.reward)):
             if section.loraplus_lr_ratio is not None and section.method != "lora":
                 raise ValueError(f"{stage}.loraplus_lr_ratio is for LoRA's B, and {stage}.method is {section.method}")
         if kind.startswith("cpm-") and self.sft.use_dora:
@@ -126,9 +132,8 @@ class Params(Section):
     @model_validator(mode="after")
     def prefixes_stand_alone(self) -> Self:
         """A prefix cannot be merged, and a model has one at most."""
-        for stage, below in (("reward", self.reward.init == "sft"), ("ppo", True)):
-            section = getattr(self, stage)
-            if self.sft.method != "p_tuning" or not below:
+        for stage, section in self.tuned.items():
+            if self.sft.method != "p_tuning" or stage == "sft" or (stage == "reward" and self.reward.init == "base"):
                 continue
             if section.method == "p_tuning" and not section.resume_lora_training:
                 raise ValueError(

@@ -32,7 +32,7 @@ def run(stage: Stage) -> dict[str, float]:
 
     params, options = stage.params, stage.params.evaluate
     algorithm: str = params.algorithm
-    adapters = {"base": "base", "sft": "reference", algorithm: "policy"}  # who is compared, and its adapter
+    adapters = {"base": "start", "sft": "reference", algorithm: "policy"}  # who is compared, and its adapter
     check_disjoint(ROWS, "ppo")
     metrics = read_metrics("evaluate_sft")
     metrics |= {
@@ -52,6 +52,7 @@ def run(stage: Stage) -> dict[str, float]:
         scorer=load_scorer(params, tokenizer),
         judge=judge,
     )
+    actors.variants.add_chain("start", foundation(params).parts)  # model.adapters, which SFT may have gone on with
     steps = len(adapters) + 1
 
     stage.progress(0, steps, f"{algorithm}: loss and greedy answers")

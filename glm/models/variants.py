@@ -67,7 +67,11 @@ class Variants:
         A folder without stands_on.json is put on `base` alone.
         """
         known = Path(folder, lineage.FILE_NAME).exists()
-        self.variants[name] = self._variant(name, lineage.chain(folder) if known else (*self.beneath, str(folder)))
+        self.add_chain(name, lineage.chain(folder) if known else (*self.beneath, str(folder)))
+
+    def add_chain(self, name: str, parts: Sequence[str]) -> None:
+        """Add the artifacts `parts`, each on the one before, under `name`; without any it is the bare base."""
+        self.variants[name] = self._variant(name, parts)
 
     def add_trained(
         self,

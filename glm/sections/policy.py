@@ -6,19 +6,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from glm.sections.section import Section
-from glm.sections.training import Method
+from glm.sections.training import Tuned
 
 # What improves the SFT model. Each is a section below and a program, tasks/<algorithm>.py.
 Algorithm = Literal["ppo", "dpo", "kto", "grpo", "rloo", "rrhf", "raft"]
 
 
-class Ppo(Section):
+class Ppo(Tuned):
     """Proximal policy optimisation (Schulman et al. 2017) against the reward model, with a KL penalty to SFT."""
 
-    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
-    resume_lora_training: bool = Field(
-        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
-    )
     minimum_reward_accuracy: float = Field(
         0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
     )
@@ -78,13 +74,9 @@ class Rival(Section):
     save_steps: int = Field(10, ge=1, description="optimizer steps between two checkpoints of the training")
 
 
-class Offline(Rival):
+class Offline(Rival, Tuned):
     """Learns from the ranked answers of data.reward, packed side by side."""
 
-    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
-    resume_lora_training: bool = Field(
-        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
-    )
     packing: bool = True
     tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
 
@@ -162,13 +154,9 @@ class Rloo(Grouped):
     normalize_advantages: bool = False
 
 
-class Raft(Online):
+class Raft(Online, Tuned):
     """Reward-ranked fine-tuning (Dong et al. 2023): learn the best of num_generations answers to each prompt."""
 
-    method: Method = Field("lora", description="what is trained of the policy; its shape is in section sft")
-    resume_lora_training: bool = Field(
-        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
-    )
     beta: float = Field(0.0, ge=0, description="weight of the KL penalty on the reward by which the best is chosen")
 
 

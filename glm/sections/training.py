@@ -9,7 +9,18 @@ from glm.sections.section import Section
 Method = Literal["lora", "p_tuning", "freeze", "full"]
 
 
-class Training(Section):
+class Tuned(Section):
+    """What a stage trains of the model. The shapes of all stages are in section `sft`."""
+
+    method: Method = Field("lora", description="what is trained: a LoRA, a prefix, a few layers, or every weight")
+    resume_lora_training: bool = Field(
+        True,
+        description="start as a copy of what the stage below trained (SFT: of the last of model.adapters) if it is of "
+        "this method; false: fresh, on top of it",
+    )
+
+
+class Training(Tuned):
     """What SFT and reward model have in common; names and meanings are those of transformers' TrainingArguments.
 
     An optimizer step holds per_device_train_batch_size x gradient_accumulation_steps examples, packed or not, and its
@@ -82,10 +93,6 @@ class Sft(Training):
     as copies of what SFT trained where their method is the same, and else fresh, in these shapes, on top of it.
     """
 
-    method: Method = Field("lora", description="what is trained: a LoRA, a prefix, a few layers, or every weight")
-    resume_lora_training: bool = Field(
-        True, description="go on training the last of model.adapters if it is of this method; false: a fresh one on it"
-    )
     lora_rank: int = Field(8, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     lora_dropout: float = Field(0.1, ge=0, lt=1)
@@ -113,14 +120,10 @@ class Sft(Training):
 class Reward(Training):
     """Pairwise reward model (Ouyang et al. 2022, eq. 1) and its scalar head."""
 
-    method: Method = Field("lora", description="what is trained besides the head; its shape is in section sft")
     init: Literal["sft", "base"] = Field("sft", description="the model that it starts from")
     loss_type: Literal["pairwise", "plackett_luce"] = Field("pairwise", description="of rankings of more than two")
     margin: float = Field(0.0, ge=0, description="by how much a better answer should score higher")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of the term that holds scores around 0")
-    resume_lora_training: bool = Field(
-        True, description="start as a copy of what SFT trained if it is of this method; false: fresh, on top of it"
-    )
 
     @model_validator(mode="after")
     def margin_is_of_pairs(self) -> Self:

@@ -51,6 +51,23 @@ def test_the_project_s_own_file_is_valid_and_holds_every_knob() -> None:
             ["reward.resume_lora_training false", "second prefix"],
         ),
         ({"sft": {"method": "p_tuning"}, "ppo": {"method": "full"}}, ["ppo.method full", "SFT's prefix"]),
+        (
+            {"algorithm": "dpo", "model": {"quantization": "nf4"}, "dpo": {"method": "full"}},
+            ["dpo.method full", "nf4", "p_tuning"],
+        ),
+        (
+            {"algorithm": "rrhf", "sft": {"method": "p_tuning"}, "rrhf": {"method": "full"}},
+            ["rrhf.method full", "SFT's prefix"],
+        ),
+        (
+            {
+                "algorithm": "raft",
+                "sft": {"method": "p_tuning"},
+                "raft": {"method": "p_tuning", "resume_lora_training": False},
+            },
+            ["raft.resume_lora_training false", "second prefix"],
+        ),
+        ({"algorithm": "grpo", "sft": {"method": "freeze"}}, ["algorithm grpo", "sft.method is freeze"]),
         ({"export": {"max_shard_size": "2 gigabytes"}}, ["export.max_shard_size", "2 gigabytes"]),
         ({"seed": None}, ["seed", "integer", "None"]),
         ({"ppo": 3}, ["ppo", "3"]),
@@ -63,6 +80,20 @@ def test_a_fault_is_named_with_its_value(values: object, words: list[str]) -> No
         validate_params(values, "params.yaml")
     assert all(word in str(caught.value) for word in ["params.yaml", *words]), str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"algorithm": "dpo", "model": {"quantization": "nf4"}, "ppo": {"method": "full"}, "raft": {"method": "freeze"}},
+        {"algorithm": "kto", "model": {"quantization": "nf4"}, "ppo": {"method": "full"}},
+        {"algorithm": "rrhf", "sft": {"method": "p_tuning"}, "ppo": {"method": "full"}},
+        {"algorithm": "dpo", "sft": {"method": "p_tuning"}, "dpo": {"method": "p_tuning"}},
+        {"sft": {"method": "p_tuning"}, "reward": {"method": "full", "init": "base"}},
+    ],
+)
+def test_sections_of_other_algorithms_are_not_in_the_way(values: dict) -> None:
+    assert validate_params(values).algorithm == values.get("algorithm", "ppo")
 
 
 def test_all_faults_are_told_at_once() -> None:

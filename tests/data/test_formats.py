@@ -378,7 +378,7 @@ EMPTY = [
     ("a.json", b""),
     ("a.json", b"\xef\xbb\xbf \n"),
     ("a.json", b"[ ]"),
-    ("a.jsonl.gz", gzip.compress(b"")),
+    ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ("a.csv", b"a,b\r\n"),
 ]
 BROKEN = [
@@ -391,7 +391,7 @@ BROKEN = [
     ("a.jsonl", b'[{"a": 1},\n{"a": 2}]\n', [None, None]),
     ("a.json", '{"a": "字"}\n'.encode("utf-16"), [(None, "UTF-16 text: convert it to UTF-8")]),
     ("a.csv", "a,b\n1,2\n".encode("utf-16-be").replace(b"\0a", b"\xfe\xff\0a", 1), [(None, "UTF-16 text")]),
-    ("a.jsonl", gzip.compress(b'{"a": 1}'), [(None, "gzip data: its name must end in .gz")]),
+    ("a.jsonl", gzip.compress(b'{"a": 1}', mtime=0), [(None, "gzip data: its name must end in .gz")]),
     ("a.csv", b"PAR1", [(None, "not a .csv file but Parquet data")]),
     ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", [(None, "`git lfs pull`")]),
     *((name, content, [(None, "the file holds no rows")]) for name, content in EMPTY),
@@ -407,7 +407,7 @@ BROKEN = [
     ("a.csv", b'a,b\n"1\n1",2\n"3,4\n', [None, (4, "not valid CSV")]),
     ("a.parquet", b"PAR1 is not enough", [(None, "not valid Parquet")]),
     ("a.jsonl.gz", b"not gzip", [(None, "cannot be read")]),
-    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:40], [(None, "cannot be read")]),
+    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:40], [(None, "cannot be read")]),
 ]
 
 

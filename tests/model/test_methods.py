@@ -259,12 +259,11 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.model.test_methods import *
-folder, method, stage = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-run_to_the_end(folder, method, stage)
+run_to_the_end(Path(sys.argv[1]), *sys.argv[2:])
 """
 
 
-def run_to_the_end(folder: Path, method: str, stage: str) -> None:
+def run_to_the_end(folder: Path, method: str, stage: str, optim: str) -> None:
     """Train with checkpoints at every third step, writing down each point and the final weights."""
     model = load_model(GOLDEN / "chatglm2-tiny", dtype="float32")
     points: list[dict[str, Any]] = []
@@ -277,7 +276,8 @@ def run_to_the_end(folder: Path, method: str, stage: str) -> None:
         time.sleep(float(os.environ.get("SLOW", "0")))
 
     torch.manual_seed(3)
-    values = {"max_steps": 14, "logging_steps": 2, "eval_steps": 4, "save_steps": 3, "lr_scheduler_type": "cosine"}
+    values = {"max_steps": 14, "logging_steps": 2, "eval_steps": 4, "save_steps": 3}
+    values |= {"lr_scheduler_type": "cosine", "optim": optim}
     params = shape(method, **values, lora_dropout=0.2, neftune_noise_alpha=5.0)
     examples = rows(model, 22)  # epochs end within the run
     if stage == "sft":
@@ -290,13 +290,20 @@ def run_to_the_end(folder: Path, method: str, stage: str) -> None:
     torch.save(dict(tuned.state_dict()), folder / "weights.pt")
 
 
-@pytest.mark.parametrize(("method", "stage"), [("lora", "sft"), ("full", "sft"), ("lora", "reward")])
-def test_a_killed_training_ends_as_an_unbroken_one(method: str, stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage", "optim"),
+    [
+        ("lora", "sft", "adamw_torch_fused"),
+        ("full", "sft", "adamw_8bit"),  # bitsandbytes has it for CPUs too
+        ("lora", "reward", "adamw_torch_fused"),
+    ],
+)
+def test_a_killed_training_ends_as_an_unbroken_one(method: str, stage: str, optim: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_to_the_end(whole, method, stage)
-    command = [sys.executable, "-c", KILLED, str(broken), method, stage]
+    run_to_the_end(whole, method, stage, optim)
+    command = [sys.executable, "-c", KILLED, str(broken), method, stage, optim]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"SLOW": "0.15"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not (broken / "checkpoints" / "step-6").exists():
@@ -305,8 +312,11 @@ def test_a_killed_training_ends_as_an_unbroken_one(method: str, stage: str, tmp_
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (broken / "weights.pt").exists()
+    if optim == "adamw_8bit":
+        _, state = Checkpoints(broken / "checkpoints").latest()
+        assert "torch.uint8" in str(state["optimizer"]), "no moments in 8 bits"
     (broken / "points.jsonl").unlink()
-    run_to_the_end(broken, method, stage)
+    run_to_the_end(broken, method, stage, optim)
     assert read_jsonl(broken / "points.jsonl") == read_jsonl(whole / "points.jsonl")
     one, other = torch.load(whole / "weights.pt"), torch.load(broken / "weights.pt")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

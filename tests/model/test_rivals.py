@@ -9,13 +9,13 @@ import torch
 from glm import config
 from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
-from glm.training.actors import Actors, NewPolicy, pack
+from glm.training.actors import pack
 from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
 from tests.model.test_packing import adapted, prefix_examples
-from tests.model.test_ppo import TOKENIZER, make_actors, make_base, prompts, same, state_of
+from tests.model.test_ppo import TOKENIZER, make_actors, prompts, same, state_of
 
 COMMON = {"learning_rate": 3e-3, "batch_size": 4, "max_new_tokens": 8, "save_steps": 2, "eval_steps": 3}
 PARAMS = {
@@ -205,19 +205,3 @@ def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
     wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("method", ["p_tuning", "freeze", "full"])
-def test_our_own_rivals_train_by_every_method(method: str, tmp_path: Path) -> None:
-    make_actors(tmp_path)  # writes the adapters
-    shape = config.Sft(method=method, pre_seq_len=4, num_layer_trainable=1)
-    actors = Actors(
-        make_base(), policy=NewPolicy(method, shape), reference=tmp_path / "sft", reward=tmp_path / "reward"
-    )
-    before = {name: value.detach().clone() for name, value in actors.policy.items()}
-    options = {"seed": 1, "log": lambda *_: None, "progress": lambda *_: None}
-    params = PARAMS["dpo"].model_copy(update={"max_steps": 4})
-    numbers = dpo.train(actors, TOKENIZER, rankings(), prompts(4), params, **options)
-    assert numbers["steps"] == 4
-    assert all(not torch.equal(before[name], value) for name, value in actors.policy.items() if value.grad.any())
-    assert any(value.grad.any() for value in actors.policy.values())

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
 from flows.workspace import write_overrides
@@ -87,6 +88,30 @@ def test_the_flow_makes_a_champion_that_tells_its_lineage_and_is_made_again(tmp_
     assert "recorded uncommitted changes in glm/errors.py" in again
     assert project.git("status", "--porcelain") == ""
     assert not list((root / ".worktrees").iterdir())
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_with_an_earlier_adapter(tmp_path: Path) -> None:
+    root, home = tmp_path / "project", tmp_path / "home"
+    home.mkdir()
+    copy_checkout(root)
+    start = {"data.reward": ["reviews_pairs"], "sft.learning_rate": 0.02, "sft.warmup_steps": 0}
+    write_overrides(root / "params.yaml", TINY | start)
+    project = Project(root, home, None)
+    project.git("init", "--quiet", "--initial-branch=main")
+    project.commit()
+    project.dvc("repro", "sft")
+    alone = json.loads((root / "metrics" / "sft.json").read_text())
+    shutil.copytree(root / "models" / "sft", root / "earlier")
+    barely = {"model.adapters": ["earlier"], "sft.learning_rate": 1e-9}  # SFT stays what it starts from
+    write_overrides(root / "params.yaml", barely)
+    project.dvc("repro", "evaluate", "export")
+    assert json.loads((root / "metrics" / "sft.json").read_text())["eval_loss"] == pytest.approx(alone["eval_loss"])
+    metrics = json.loads((root / "metrics" / "evaluate.json").read_text())
+    assert alone["eval_loss"] < alone["eval_loss_before"] - 0.02
+    for name in ("loss", "reward", "judge"):  # so "base" means the base under the earlier adapter
+        assert metrics[f"base.{name}"] == pytest.approx(metrics[f"sft.{name}"], abs=1e-4)
+    assert metrics["base.kl"] == pytest.approx(0, abs=1e-4)
 
 
 def locked(root: Path) -> dict[str, str]:
