@@ -41,8 +41,6 @@ def quieten() -> None:
 def exit_status(command: Callable[[], int], stopped: str) -> int:
     """Run a command. Its exit status, or 1: something failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # until then, see flows/__init__.py
-    gc.freeze()
-    gc.enable()
     try:
         return command()
     except (InputError, RefusedError) as error:
