@@ -135,7 +135,7 @@ def test_the_schedule_of_the_deployment_fires(deployed: Project) -> None:
         "--replace",
         "-y",
     ]
-    deployed.command(*schedule)
+    deployed.command("prefect", *schedule)
 
     def ended() -> list[dict[str, object]]:
         runs = query(url, "flow_runs/filter", {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC"})
