@@ -20,10 +20,9 @@ from typing import Any
 
 from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from flows import ROOT, guard
-from flows.cache_check import drop_corrupted
+from flows.dvc_repair import drop_corrupted, drop_corrupted_runs, drop_dead_locks
 from flows.errors import RefusedError, StageError
 from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
@@ -80,25 +79,6 @@ def cache_folder(root: Path) -> Path:
         return Path(repo.cache.local_cache_dir)
 
 
-def drop_corrupted_runs(cache: Path) -> list[str]:
-    """Remove the entries of DVC's run cache whose content is not what their name says. Returns their names.
-
-    DVC does so itself with what is no YAML. One that was cut off and still is YAML makes it fail, each time again.
-    """
-    from dvc.stage.cache import _get_cache_hash
-
-    wrong = []
-    for path in sorted(cache.glob("runs/*/*/*")):
-        try:
-            sound = _get_cache_hash(YAML(typ="safe").load(path.read_bytes())) == path.name
-        except (YAMLError, ValueError, AttributeError):  # no YAML, no UTF-8, no mapping
-            sound = False
-        if not sound:
-            path.unlink()
-            wrong.append(path.name[:12])
-    return wrong
-
-
 def stage_environment() -> dict[str, str]:
     """The environment of DVC and its stages: this Python's programs come first on PATH, and nobody phones home."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
@@ -139,8 +119,8 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
                 logger.warning("%s: DVC's cache was corrupted and is made again: %s", step, ", ".join(wrong))
                 continue
             return executed
-        if wrong := drop_corrupted_runs(cache_folder(root)):
-            logger.warning("%s: DVC's run cache was corrupted, in %s; trying again", step, ", ".join(wrong))
+        if wrong := [*drop_corrupted_runs(cache_folder(root)), *drop_dead_locks(root)]:
+            logger.warning("%s: trying again without %s", step, ", ".join(wrong))
             continue
         if BUSY not in text or time.monotonic() > deadline:
             break

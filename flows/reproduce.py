@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import ROOT, guard
-from flows.cache_check import cached
+from flows.dvc_repair import cached
 from flows.dvc_stage import cache_folder, stage_environment
 from flows.lineage import find_run
 from flows.report import read_json

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from flows import ROOT, guard
-from flows.cache_check import drop_corrupted
+from flows.dvc_repair import drop_corrupted
 from flows.dvc_stage import cache_folder, stage_environment
 from flows.errors import CommandError
 from flows.interrupt import interruptible

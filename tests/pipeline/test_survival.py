@@ -1,5 +1,6 @@
 """What may break under a run: processes, servers, the disk, the cache. Nothing is lost, and a plain re-run finishes."""
 
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from flows.server import free_port, wait_until_up
 from tasks import programs
 from tests.pipeline.conftest import Project, last_run
 from tests.pipeline.test_deploy import api, deploy, deployed, wait_until  # noqa: F401
+from tests.pipeline.test_repair import damage
 
 TRIALS = int(os.environ.get("GLMFLOW_KILL_TRIALS", "3"))  # `make test-slow` sets 20
 
@@ -143,14 +145,6 @@ def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRe
     assert_whole(project)
 
 
-def damage(path: Path) -> None:
-    """Cut a file of a cache off, as a bad disk or a power failure does: it looks as before, and as read-only."""
-    mode = path.stat().st_mode
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:10])
-    path.chmod(mode)
-
-
 @pytest.mark.slow
 def test_corrupted_cache_entries(project: Project) -> None:
     project.flow()
@@ -171,7 +165,13 @@ def test_corrupted_cache_entries(project: Project) -> None:
         assert set(project.executed()) <= {"sft"}
     assert_whole(project)
 
-    # the same in a workspace, which takes everything out of the cache
+    # a lock of a DVC that was killed before its number went to another program
+    (cache.parent / "tmp" / "rwlock").write_text(json.dumps({"write": {str(made.parent): {"pid": 1, "cmd": "dvc"}}}))
+    shutil.rmtree(made.parent)
+    project.flow()
+    assert made.read_bytes() == content
+
+    # a corrupted file again, in a workspace, which takes everything out of the cache
     project.commit()
     damage(entry)
     project.flow("-S", "evaluate.max_samples=3")
