@@ -67,7 +67,7 @@ TopP = Annotated[float, typer.Option(min=0.01, max=1.0)]
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def run(context: typer.Context) -> None:
-    """Run the pipeline; -S NAME=VALUE overrides a parameter, --help lists the options."""
+    """Run the pipeline or a recipe, RECIPE.yaml; -S NAME=VALUE overrides a parameter, --help lists the options."""
     from flows.rlhf_pipeline import main as run_pipeline
 
     sys.argv = ["glmflow run", *context.args]
@@ -147,6 +147,43 @@ def serve(
         max_waiting=max_waiting,
         dtype=dtype,
     )
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write; it must not be there yet")],
+    adapter: Adapters = None,
+    what: Annotated[str, typer.Option(help="merged, or adapter: what was trained alone")] = "merged",
+    layout: Annotated[
+        str, typer.Option(help="transformers, or authors: as ChatGLM's authors publish")
+    ] = "transformers",
+    quantization: Annotated[str, typer.Option(help="none, nf4, cpm-int8 or cpm-int4 (the authors')")] = "none",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of a file: 500MB, 2GB")] = "2GB",
+    push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME of a model on the hub; HF_TOKEN is you")] = None,
+    private: Annotated[bool, typer.Option(help="of a model that is new on the hub")] = True,
+    overwrite: Annotated[bool, typer.Option(help="replace an export that is there")] = False,
+) -> None:
+    """Write a model as a folder for others, with a model card, and prove that it answers as its source."""
+    from apps.export import export_model
+
+    values = {
+        "what": what,
+        "layout": layout,
+        "quantization": quantization,
+        "max_shard_size": max_shard_size,
+        "push_to_hub": push_to_hub,
+        "private": private,
+    } | ({"dtype": dtype} if dtype else {})
+    done, sent = export_model(model, out, values, adapter or [], overwrite=overwrite)
+    typer.echo(f"{done.folder}: {done.parameters:,} parameters, {done.size / 1e6:,.1f} MB; README.md is its card")
+    against = "the values of its rounded weights" if done.loss is not None else "its source"
+    typer.echo(f"loaded again: logits within {done.max_logit_difference:.1e} of {against}")
+    if done.loss is not None:
+        typer.echo(f"loss by rounding: {done.source_loss:.3f} → {done.loss:.3f} nats a token on eight short answers")
+    if sent:
+        typer.echo(f"sent: {sent}")
 
 
 @app.command()

@@ -155,7 +155,7 @@ def plan(comparison: Comparison) -> tuple[list[Cell], list[str]]:
         refuse_twins(cells[: len(comparison.variants)])
         steps = steps_until(comparison.until, names, {cell.params.algorithm for cell in cells})
         for params in {repr((cell.params.model, cell.params.data)): cell.params for cell in cells}.values():
-            check_inputs(params)
+            check_inputs(params, steps)
     return cells, steps
 
 

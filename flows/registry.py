@@ -19,7 +19,7 @@ from flows.interrupt import interruptible
 from glm.config import Params
 from glm.errors import InputError
 from tasks.lineage import content_hash, git_tags
-from tasks.logged_models import EXAMPLE, log_chat_model
+from tasks.logged_models import EXAMPLE, artifact_folders, log_chat_model
 from tasks.tracking import open_store, source_tags, store_lock, store_uri
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
     and answer in a process of its own, the alias is put back to where it was.
 
     Args:
-        export_dir: a plain transformers folder with its tokenizer.
+        export_dir: what the export step made: a whole model with its tokenizer, or an adapter.
         run_id: the run that made it (runs/export.json), whose logged model is registered; without one, or if the
             store does not know it, the folder is logged now.
 
@@ -136,8 +136,11 @@ def _log_model(experiment_id: str, export_dir: str | Path, digest: str, params: 
     import mlflow
 
     tags = source_tags("flows.registry") | git_tags() | {"glmflow.step": "register", "dvc.in.models/export": digest}
+    folders, quantization = artifact_folders(export_dir)
     with mlflow.start_run(experiment_id=experiment_id, run_name="register", tags=tags):
-        return log_chat_model("export", params.data, export_dir, tags={"dvc_md5": digest}).model_id
+        return log_chat_model(
+            "export", params.data, *folders, quantization=quantization, tags={"dvc_md5": digest}
+        ).model_id
 
 
 def _create_version(client: "MlflowClient", name: str, model_id: str, run_id: str | None, digest: str) -> str:

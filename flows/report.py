@@ -34,21 +34,28 @@ SAMPLES = 3
 LOCAL_PAGES = "http://127.0.0.1:5000"
 
 
-def collect(root: Path, steps: list[Step], parent_run: str | None, version: str) -> dict[str, Any]:
-    """Read a finished run's metrics, samples and run records, as plain values."""
-    algorithm = load_params(root / "params.yaml").algorithm
+def collect(root: Path, steps: list[Step], parent_run: str | None, version: str | None) -> dict[str, Any]:
+    """Read a finished run's metrics, samples and run records, as plain values.
+
+    `version` is the registered one, None for a run that ended before. One that ended before the policy was measured
+    tells what is known of base and SFT.
+    """
+    params = load_params(root / "params.yaml")
+    end = "evaluate" if "evaluate" in [step.name for step in steps] else "evaluate_sft"
+    policy = {params.algorithm: params.algorithm.upper()} if end == "evaluate" else {}
+    samples = root / "reports" / end / "samples.json"
     return {
-        "models": {"base": "base", "sft": "SFT", algorithm: algorithm.upper()},
+        "models": {"base": "base", "sft": "SFT", **policy},
         "steps": [
             {"name": step.name, "state": step.state, "seconds": step.seconds}
             | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
             for step in steps
         ],
-        "metrics": read_json(root / "metrics" / "evaluate.json"),
-        "samples": json.loads((root / "reports" / "evaluate" / "samples.json").read_text(encoding="utf-8"))[:SAMPLES],
+        "metrics": read_json(root / "metrics" / f"{end}.json"),
+        "samples": json.loads(samples.read_text(encoding="utf-8"))[:SAMPLES] if samples.exists() else [],
         "parent_run": parent_run,
         "version": version,
-        "registered": f"{load_params(root / 'params.yaml').promote.model_name} version {version}, alias challenger",
+        "registered": f"{params.promote.model_name} version {version}, alias challenger" if version else "",
     }
 
 
@@ -124,8 +131,8 @@ def next_lines(summary: dict[str, Any]) -> list[str]:
     lines = {
         ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",
         "make ui": "all runs in MLflow: curves, parameters, models",
-        "make chat": "talk to the result",
         kept: "bring this run's parameters and models into the checkout",
+        "make chat" if summary["registered"] else "glmflow chat models/sft": "talk to the result",
         "dvc repro": "bring everything up to date after an edit",
         "dvc exp show": "compare runs",
         "make deploy": "schedules and runs from a web page",
@@ -141,7 +148,7 @@ def publish(root: Path, summary: dict[str, Any]) -> None:
     create_markdown_artifact(f"```\n{data}\n```", key="data", description="Rows read, kept, dropped and why")
     for step in summary["steps"]:
         curves = root / "plots" / f"{step['name']}.csv"
-        if step["state"] == "ran" and has_points(curves):  # those of a restored step are with the run that made it
+        if step["state"] == "ran" and has_curves(curves):  # those of a restored step are with the run that made it
             create_image_artifact(
                 curves_url(curves), key=artifact_key("curves", step["name"]), description=f"Curves of {step['name']}"
             )
@@ -180,9 +187,9 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
 
 
-def has_points(path: Path) -> bool:
-    """Did a stage log anything to its plots/*.csv? One of a few steps may not."""
-    return path.exists() and path.read_text(encoding="utf-8").count("\n") > 1
+def has_curves(path: Path) -> bool:
+    """Whether a step has left curves: that of a base model that was not trained here has the heading alone."""
+    return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def curves_url(path: Path) -> str:

@@ -2,6 +2,7 @@
 
     python -m flows.rlhf_pipeline                                   in the checkout, as `make run` does
     python -m flows.rlhf_pipeline -S ppo.learning_rate=2e-5         in a workspace of its own, kept as a DVC experiment
+    python -m flows.rlhf_pipeline recipes/ads_generation.yaml       the same with the overrides and the end of a recipe
     python -m flows.rlhf_pipeline --serve --cron "0 3 * * 0"        wait for runs here, and start one by this schedule
     prefect deployment run rlhf-pipeline/default -p overrides='{"ppo.learning_rate": 2e-5}'      after `make deploy`
 
@@ -35,6 +36,7 @@ from flows.errors import RefusedError
 from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board
+from flows.recipes import Recipe, check_until, read_recipe
 from flows.run_page import write_page
 from flows.terminal import exit_status, in_terminal
 from flows.workspace import parse_overrides, uncommitted, workspace
@@ -103,47 +105,60 @@ def stage(step: str, root: str, time_limit: float, parent_run: str, key: str | N
     on_crashed=[notify],
     on_cancellation=[notify],
 )
-def rlhf_pipeline(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+def rlhf_pipeline(overrides: dict[str, Any] | None = None, until: str | None = None) -> dict[str, Any]:
     """Every stage from fetch to export; then register the result as challenger.
 
     Args:
         overrides: dotted names of params.yaml and their values, such as {"ppo.learning_rate": 2e-5}. A run with
             overrides, and every run of a deployment, works on the last commit in a folder of its own; another one works
             in the checkout as it is.
+        until: the last step, such as evaluate_sft; nothing is registered then.
 
     Returns:
         The summary that `flows.report` shows.
     """
     overrides = overrides or {}
-    if not overrides and deployment.id is None:
-        check(ROOT)
-        return run_stages(ROOT, flow_run.name)
     load_params(ROOT / "params.yaml", overrides)  # wrong ones are refused before anything is fetched
+    check_until(until)
+    if not overrides and deployment.id is None:
+        check(ROOT, until=until)
+        return run_stages(ROOT, flow_run.name, until=until)
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
-    with workspace(flow_run.name, overrides) as root:
-        check(root)
-        return run_stages(root, flow_run.name) | {"experiment": flow_run.name}
+    with workspace(flow_run.name, overrides, steps_to(until) if until else ()) as root:
+        check(root, until=until)
+        return run_stages(root, flow_run.name, until=until) | {"experiment": flow_run.name}
 
 
-def check(root: Path, overrides: dict[str, Any] | None = None) -> None:
+def check(root: Path, overrides: Mapping[str, Any] | None = None, until: str | None = None) -> None:
     """Raise an InputError if the parameters in `root`, or the data and model that they name, are not right."""
+    check_until(until)
     with chdir(root):
-        check_inputs(load_params("params.yaml", overrides))
+        check_inputs(load_params("params.yaml", dict(overrides or {})), steps_to(until))
 
 
-def run_stages(root: Path, name: str, ours: Sequence[str] = ()) -> dict[str, Any]:
-    """Run every stage in `root`, register the result with its lineage, and report.
+def steps_to(until: str | None) -> list[str]:
+    """The steps up to `until`, and all of them without it."""
+    steps = list(STAGES)
+    return steps[: steps.index(until) + 1] if until else steps
 
-    `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes.
+
+def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | None = None) -> dict[str, Any]:
+    """Run the stages in `root`, register the result with its lineage, and report.
+
+    `ours` are paths that the calling flow changed itself: they do not count as uncommitted changes. With `until` that
+    is the last step, and nothing is registered.
     """
-    keys = run_cache_keys(list(STAGES), root)
-    board = make_board(list(STAGES), root, keys, ["register"])
+    steps = steps_to(until)
+    keys = run_cache_keys(steps, root)
+    board = make_board(steps, root, keys, [] if until else ["register"])
+    version = None
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        run_steps(list(STAGES), root, board, keys, parent_run, done)
-        with board.running("register") as line:
-            version = register_result(str(root), parent_run, ours)
-            line.state = "ran"
+        run_steps(steps, root, board, keys, parent_run, done)
+        if not until:
+            with board.running("register") as line:
+                version = register_result(str(root), parent_run, ours)
+                line.state = "ran"
         summary = report.collect(root, board.steps, parent_run, version)
         write_report(root, name, parent_run, summary)
         report.publish(root, summary)
@@ -237,10 +252,12 @@ def mlflow_parent(
 def main() -> int:
     """The command line. Returns the exit status: 0 done, 1 a stage failed, 2 wrong input, 130 stopped."""
     parser = argparse.ArgumentParser(prog="python -m flows.rlhf_pipeline", description="Run the pipeline.")
+    parser.add_argument("recipe", nargs="?", help="YAML file with sections of params.yaml; -S comes after it")
     parser.add_argument(
         "-S", "--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides",
         help="override a name of params.yaml, such as ppo.learning_rate=2e-5; runs in a workspace of its own",
     )  # fmt: skip
+    parser.add_argument("--until", metavar="STEP", help="the last step, such as evaluate_sft; registers nothing")
     parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
     parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
     arguments = parser.parse_args()
@@ -250,8 +267,10 @@ def main() -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """What the command line asks for."""
-    overrides = parse_overrides(arguments.overrides)
-    check(ROOT, overrides)
+    recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe({})
+    overrides = recipe.overrides | parse_overrides(arguments.overrides)
+    until = arguments.until or recipe.until
+    check(ROOT, overrides, until)
     if overrides and (files := uncommitted()):
         raise InputError(
             f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"
@@ -260,7 +279,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return serve(arguments.cron)
     try:
         with in_terminal():
-            summary = rlhf_pipeline(overrides)
+            summary = rlhf_pipeline(overrides, until)
     except httpx.TransportError as error:
         start_again(error)
     report.show(summary, Console())

@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flows.report import STEP_COLUMNS, curves_url, has_points, read_json, result_rows, sample_rows, step_rows
+from flows.report import STEP_COLUMNS, curves_url, has_curves, read_json, result_rows, sample_rows, step_rows
 from glm.config import Params
 from glm.data.report_page import sections as data_sections
 from glm.files import write_text
@@ -32,7 +32,7 @@ def page_parts(root: Path, summary: dict[str, Any], params: Params) -> list[str]
         "<h2>Steps</h2>",
         table([*STEP_COLUMNS, "MLflow run"], [[*row, run_id] for row, run_id in _steps_with_runs(summary)]),
         "<h2>Curves</h2>",
-        *(picture(curves_url(path), f"Curves of {path.stem}") for path in curves if has_points(path)),
+        *(picture(curves_url(path), f"Curves of {path.stem}") for path in curves if has_curves(path)),
         "<h2>Samples</h2>",
         table(["prompt", *summary["models"].values()], sample_rows(summary)),
         "<h2>Data</h2>",

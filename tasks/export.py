@@ -1,48 +1,74 @@
-"""Merge the policy into the base: models/export, which plain transformers loads, checked to give the same logits.
+"""The policy as a folder for others, models/export: by default merged into the base, which plain transformers loads.
 
 A base that was quantised for training is written with its rounded values in export.dtype, on which the adapters were
 trained. A P-Tuning v2 prefix cannot be merged: it lies beside the model, in models/export/prefix, where `load_model`
-finds it, and transformers alone does not.
+finds it, and transformers alone does not. The card, README.md, holds nothing that differs between two equal runs.
 """
 
+import json
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tasks.base_model import load_base_tokenizer
+from tasks.base_model import base_source
+from tasks.lineage import flatten
 from tasks.stage import Stage, main
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit: what rounding may change
-INT8_TOLERANCE = 1e-1  # bitsandbytes' int8 rounds activations too, which a merged model does not
+if TYPE_CHECKING:
+    from glm.config import Params
+    from glm.export.facts import Facts
+
+OUT = "models/export"
+TOLD = ("seed", "model", "data", "sft", "reward", "reward_model")  # sections in the card, besides the algorithm's
 
 logger = logging.getLogger("glm.export")
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
+    from glm.export.hub import check_access, push
+    from glm.export.writing import export
+    from glm.models.lineage import above
 
-    from glm.models import load_model
-    from glm.models.lineage import read_lineage
-    from glm.models.prefix import prefix_of
-    from glm.models.saving import as_trained, probe_outputs, save_merged
+    params, options = stage.params, stage.params.export
+    base_source()  # the model that models/base points to is still what it was
+    if options.push_to_hub:
+        check_access(options.push_to_hub)
+    facts = facts_of(params)
+    exported = export(above(f"models/{params.algorithm}"), OUT, options, facts, name=name_of(params), overwrite=True)
+    if exported.prefix:
+        logger.warning("export: the prefix lies in %s/prefix, where only glm.models.load_model looks for it", OUT)
+    if options.push_to_hub:
+        logger.info("export: sent to %s", push(Path(OUT), options.push_to_hub, options.private))
+    stage.log_model(OUT)
+    metrics = {"max_logit_difference": exported.max_logit_difference, "parameters": exported.parameters}
+    return metrics | ({} if exported.loss is None else {"loss_increase": exported.loss_increase})
 
-    options, policy = stage.params.export, f"models/{stage.params.algorithm}"
-    _, below = read_lineage(policy)
-    tokenizer = load_base_tokenizer()
-    wanted = probe_outputs(as_trained(policy, dtype=options.dtype)).float()
-    model = load_model(policy, dtype=options.dtype, dequantize=True)
-    beside = prefix_of(model) is not None
-    merged = save_merged(model, tokenizer, "models/export", max_shard_size=options.max_shard_size, prefix_beside=True)
-    if beside:
-        logger.warning("export: the prefix lies in models/export/prefix, where only glm.models.load_model looks for it")
-    load = load_model if beside else AutoModelForCausalLM.from_pretrained
-    difference = (probe_outputs(load("models/export", dtype=options.dtype)).float() - wanted).abs().max().item()
-    tolerance = INT8_TOLERANCE if below is not None and below.quantization == "int8" else TOLERANCE[options.dtype]
-    if not difference <= tolerance * wanted.abs().max().item():  # also false for NaN
-        raise RuntimeError(f"models/export: its logits differ from those of {policy} by {difference:.2e}")
-    stage.log_model("models/export")
-    return {
-        "max_logit_difference": difference,
-        "parameters": sum(parameter.numel() for parameter in merged.parameters()),
-    }
+
+def name_of(params: "Params") -> str:
+    """The model's name on its card."""
+    return (params.export.push_to_hub or "").rpartition("/")[2] or params.promote.model_name
+
+
+def facts_of(params: "Params") -> "Facts":
+    """What the folders of this run say of how the policy was made."""
+    from glm.export.facts import Facts
+
+    path = params.model.path  # of a local folder its name only: the rest is of this machine
+    base = {"revision": params.model.revision} | _read("models/base/source.json")
+    base["path"] = Path(path).name if Path(path).is_dir() else path
+    told = params.model_dump(mode="json", include={*TOLD, "algorithm", params.algorithm})
+    return Facts(
+        algorithm=params.algorithm,
+        sources=_read("prepared/raw/sources.json"),
+        rows=_read("reports/preprocess/report.json"),
+        base=base,
+        metrics=_read("metrics/evaluate.json"),
+        parameters=flatten(told),
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -12,16 +13,24 @@ from glm.data.rows import USES
 from glm.data.sources import local_files
 from glm.errors import InputError
 from glm.files import write_json
+from tasks import STEPS
 from tasks.lineage import content_hash
 from tasks.tracking import main_checkout
 
 
-def check_inputs(params: Params) -> None:
+def check_inputs(params: Params, steps: Sequence[str] = STEPS) -> None:
     """Look for every dataset's registry entry and local files, and for the model's folder. Nothing is downloaded.
+
+    `steps` are those that will run: what they do not need may be left out.
 
     Raises:
         InputError: names the first thing that is missing, and what would be right.
     """
+    for step, use in (("reward", "reward"), ("policy", "ppo")):
+        if step in steps and not getattr(params.data, use):
+            raise InputError(
+                f"data.{use}: empty, but the step {step} needs rows: name a dataset, or end the run before"
+            )
     check_datasets(params.data)
     path = params.model.path
     if path == EMBEDDED:
@@ -42,6 +51,7 @@ def check_datasets(data: Data) -> None:
     """
     names = [name for use in USES for name in getattr(data, use)]
     for name, entry in read_registry(data.dataset_dir, names).items():
+        entry.check_placeholders(name, data.placeholders)
         if entry.file_name:
             check_tracked(name, Path(data.dataset_dir), entry.file_name)
         local_files(name, entry, data.dataset_dir)

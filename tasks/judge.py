@@ -3,9 +3,9 @@
     python -m tasks.judge                                        models/export alone
     python -m tasks.judge --champion models:/rlhf-policy/3       and a registered version beside it
 
-No stage of dvc.yaml: who the champion is changes without any file changing. Both models are merged ones, asked as they
-would be served (each with its own system prompt) on the test split of this run; a question that the champion may have
-been trained on, because its run split otherwise, is left out for both. The reward model of this run scores the texts.
+No stage of dvc.yaml: who the champion is changes without any file changing. Both models are asked as they would be
+served (each with its own system prompt) on the test split of this run; a question that the champion may have been
+trained on, because its run split otherwise, is left out for both. The reward model of this run scores the texts.
 
 Writes reports/judge: rows.jsonl, one line a test row with each model's answer and numbers, and summary.json.
 """
@@ -36,11 +36,13 @@ TIMED_ANSWERS = 8  # answered one by one, after one that is not counted
 
 @dataclass(frozen=True)
 class Contender:
-    """A merged model, and how it is asked."""
+    """A model, and how it is asked."""
 
     name: str
-    folder: Path
+    folder: Path  # of a whole model, or of an adapter that knows what it stands on
     data: Data
+    adapters: tuple[Path, ...] = ()  # on it
+    quantization: str | None = None  # of it; None: as its files say
 
 
 def judge(params: Params, champion: str | None, progress: Progress) -> dict[str, Any]:
@@ -106,8 +108,10 @@ def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
     run_id = version.tags.get("glmflow.run.pipeline")
     known = client.get_run(run_id).data.params if run_id else {}
     splits = {name: float(known[f"data.{name}"]) for name in ("dev_ratio", "test_ratio") if f"data.{name}" in known}
-    model = folder / flavor["artifacts"]["base"]["path"]
-    return Contender("champion", model, own), data.model_copy(update=splits)
+    places = {name: folder / artifact["path"] for name, artifact in sorted(flavor["artifacts"].items())}
+    base = places.pop("base")
+    contender = Contender("champion", base, own, tuple(places.values()), flavor["config"]["quantization"])
+    return contender, data.model_copy(update=splits)
 
 
 def is_test(row: Row, splits: Data) -> bool:
@@ -136,7 +140,13 @@ def answer(
 
     options = params.evaluate
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(str(contender.folder), dtype=params.model.dtype, device=device).eval()
+    model = load_model(
+        contender.folder,
+        adapters=contender.adapters,
+        dtype=params.model.dtype,
+        device=device,
+        quantization=contender.quantization,
+    )
     tokenizer = load_tokenizer(str(contender.folder))
     limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     questions = [prompt_ids(tokenizer, row["messages"][:-1], contender.data)[0] for row in asked]

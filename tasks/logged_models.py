@@ -72,14 +72,17 @@ def log_reward_model(
     return _log(name, "mlflow_reward_model.py", _folders(base, adapters), config, signature, example)
 
 
-def artifact_folders(folder: str) -> tuple[list[str], str]:
-    """(base and adapters in their order, quantisation) of all that makes the artifact in `folder`, itself included."""
-    from glm.models.lineage import read_lineage
+def artifact_folders(folder: str | Path) -> tuple[list[str], str]:
+    """(base and adapters in their order, quantisation) of all that makes the artifact in `folder`, itself included.
 
-    _, below = read_lineage(folder)
+    A folder that stands on nothing, such as the export of a whole model, is all by itself.
+    """
+    from glm.models.lineage import FILE_NAME, read_lineage
+
+    below = read_lineage(folder)[1] if Path(folder, FILE_NAME).exists() else None
     if below is None:
-        return [folder], "none"
-    return [below.base, *below.adapters, folder], below.quantization
+        return [str(folder)], "none"
+    return [below.base, *below.adapters, str(folder)], below.quantization
 
 
 def _folders(base: str | Path, adapters: tuple[str | Path, ...]) -> dict[str, str]:

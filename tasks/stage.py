@@ -130,15 +130,16 @@ class Stage:
             self.tracker.write(lambda client, run_id: log())
 
     def log_model(self, folder: str | Path) -> None:
-        """Log a plain transformers folder as an MLflow model that answers chat requests.
+        """Log an export, with what it stands on if it is an adapter, as an MLflow model that answers chat requests.
 
-        A folder above MAX_COPY_BYTES is not copied for every run: flows/registry.py logs it when it is registered.
+        Folders above MAX_COPY_BYTES are not copied for every run: flows/registry.py logs them when it registers.
         """
-        from tasks.logged_models import folder_size, log_chat_model
+        from tasks.logged_models import artifact_folders, folder_size, log_chat_model
 
-        if folder_size(folder) <= MAX_COPY_BYTES:
+        folders, quantization = artifact_folders(folder)
+        if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
             tags = {"dvc_md5": content_hash(folder)}
-            log = partial(log_chat_model, self.name, self.params.data, folder, tags=tags)
+            log = partial(log_chat_model, self.name, self.params.data, *folders, quantization=quantization, tags=tags)
             self.tracker.write(lambda client, run_id: log())
 
     def log_figure(self, name: str, figure: "Figure") -> None:

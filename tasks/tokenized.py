@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm.errors import InputError
 from tasks.stage import Stage
 from tasks.tracking import main_checkout
 
@@ -21,9 +22,15 @@ def cache_folder() -> Path:
 
 
 def tokenized(stage: Stage, tokenizer: "PreTrainedTokenizerBase", use: "Use", split: str) -> "TokenizedRows":
-    """The rows of one split as token ids; recorded as an input of the stage's run."""
+    """The rows of one split as token ids; recorded as an input of the stage's run.
+
+    Raises:
+        InputError: params.yaml names no dataset for this use.
+    """
     from glm.data.cache import tokenize
 
+    if not getattr(stage.params.data, use):
+        raise InputError(f"data.{use}: empty, but the step {stage.name} needs rows: name a dataset")
     path = Path(ROWS, use, f"{split}.jsonl")
     rows = tokenize(path, tokenizer, stage.params.data, cache_folder(), progress=stage.progress)
     stage.log_dataset(use, path, split=split, rows=len(rows), tokenised=rows.key)

@@ -144,7 +144,7 @@ def _read_dataset(
             split: stack.enter_context(open(spool.path, "w", encoding="utf-8", newline="\n"))
             for split, spool in spools.items()
         }
-        for identity, line, row, reason, is_broken in read_rows(name, entry, folder, reading.use):
+        for identity, line, row, reason, is_broken in read_rows(name, entry, folder, reading.use, params.placeholders):
             report.read += 1
             report.broken += is_broken
             if is_broken and reading.stop_at_broken:

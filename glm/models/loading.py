@@ -107,6 +107,10 @@ def load_model(
     folder = local_folder(str(path_or_hub_id), revision)
     original = read_config(folder)
     generation = recognise(original, folder / "config.json", task)
+    if saved := _saved_by_bitsandbytes(original):
+        if quantization is not None:
+            raise InputError(f"quantization: {quantization!r}, but {folder} is {saved} already; leave it out")
+        generation = "other"  # transformers reads it on its own, Glm and ChatGLM-6B too
     adapter_folders = [_adapter_path(adapter) for adapter in adapters]
     options: dict[str, Any] = {
         "device_map": None if device is None else {"": torch.device(device)},
@@ -134,7 +138,7 @@ def load_model(
         if "quantization_config" not in options:  # bitsandbytes casts for itself
             state = {name: _read_as(tensor, config.dtype) for name, tensor in state.items()}
         model = _load_native(_CLASSES[generation, task], config, state, folder, options)
-    if quantization in BITSANDBYTES:
+    if saved or quantization in BITSANDBYTES:
         keep_bitsandbytes_layout(model)
     if any(".prefix_encoder." in name for name in checkpoint.tensors):
         prefix.attach_prefix(model, prefix.read_prefix(model, folder))
@@ -180,6 +184,14 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise InputError(f"dtype: {dtype!r} is unknown; choose float32, bfloat16 or float16")
     return found
+
+
+def _saved_by_bitsandbytes(original: dict[str, Any]) -> str | None:
+    """ "nf4", "fp4" or "int8" for a folder whose weights bitsandbytes has quantised."""
+    saved = original.get("quantization_config") or {}
+    if saved.get("quant_method") != "bitsandbytes":
+        return None
+    return "int8" if saved.get("load_in_8bit") else str(saved["bnb_4bit_quant_type"])
 
 
 def _stored_bits(original: dict[str, Any], path: Path) -> int | None:

@@ -29,7 +29,8 @@ CPM = {"cpm-int4": 4, "cpm-int8": 8}
 BITSANDBYTES = {"nf4": 4, "fp4": 4, "int8": 8}
 QUANTIZATIONS = (*CPM, *BITSANDBYTES)
 
-_BLOCK_LINEAR = re.compile(r"\.layers\.\d+\.(attention|self_attn|mlp)\.\w+\.weight$")
+# In this project's names and in the authors'.
+BLOCK_LINEAR = re.compile(r"\.layers\.\d+\.(attention|self_attention|self_attn|mlp)\.\w+\.weight$")
 
 
 def check_quantization(quantization: str | None) -> None:
@@ -147,7 +148,7 @@ class CpmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         bits = self.quantization_config.bits
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and _BLOCK_LINEAR.search(f".{name}.weight"):
+            if isinstance(module, nn.Linear) and BLOCK_LINEAR.search(f".{name}.weight"):
                 packed = PackedLinear(module.in_features, module.out_features, module.bias is not None, bits)
                 model.set_submodule(name, packed.to("meta"))
         return model
@@ -179,7 +180,7 @@ def packed_on_read(state: dict[str, LazyTensor], bits: int) -> dict[str, LazyTen
     """Have the blocks' linear weights of a full checkpoint packed when they are read, one tensor at a time."""
     packed: dict[str, LazyTensor] = {}
     for name, tensor in state.items():
-        if not _BLOCK_LINEAR.search(f".{name}"):
+        if not BLOCK_LINEAR.search(f".{name}"):
             packed[name] = tensor
             continue
         place = (tensor.checkpoint, tensor.name, tensor.rows)

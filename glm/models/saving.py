@@ -17,7 +17,7 @@ from glm.models import methods
 from glm.models.adapters import causal_lm, load_lora, plain_name, save_lora, save_score
 from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.checkpoint import Checkpoint
-from glm.models.lineage import Lineage, read_lineage, write_lineage
+from glm.models.lineage import Lineage, above, write_lineage
 from glm.models.loading import load_model
 from glm.models.methods import Tunable
 from glm.models.prefix import BESIDE, prefix_of, read_prefix, write_prefix
@@ -113,18 +113,21 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
 
 def as_trained(folder: str | Path, dtype: str | None = None) -> Tunable:
     """The model of an artifact with its last part as it was trained: a LoRA beside the weights, not in them."""
-    method, below = read_lineage(folder)
-    if below is None or method != "lora":
-        return load_model(folder, dtype=dtype)
+    return load_unmerged(above(folder), dtype)
+
+
+def load_unmerged(source: Lineage, dtype: str | None = None) -> Tunable:
+    """The model that `source` describes; if the last adapter is a LoRA, it is beside the weights, not in them."""
+    beside = bool(source.adapters) and methods.method_of(Path(source.adapters[-1])) == "lora"
     model = load_model(
-        below.base,
-        adapters=below.adapters,
-        dtype=dtype or below.dtype,
-        quantization=below.quantization,
-        double_quantization=below.double_quantization,
-        revision=below.revision,
+        source.base,
+        adapters=source.adapters[:-1] if beside else source.adapters,
+        dtype=dtype or source.dtype,
+        quantization=source.quantization,
+        double_quantization=source.double_quantization,
+        revision=source.revision,
     )
-    return load_lora(model, folder).eval()
+    return load_lora(model, source.adapters[-1]).eval() if beside else model
 
 
 def save_merged(

@@ -48,9 +48,12 @@ class Data(Section):
     dataset_dir: str = "data"
     text: Mixture = Field(["reviews_text"], description="plain text for the embedded base model; else empty")
     sft: NeededMixture = Field(["reviews_sft"])
-    reward: NeededMixture = Field(["reviews_pairs"])
-    ppo: NeededMixture = Field(["reviews_prompts"])
+    reward: Mixture = Field(["reviews_pairs"], description="rankings; empty only where a run ends with SFT")
+    ppo: Mixture = Field(["reviews_prompts"], description="prompts of the policy; empty as above")
     kto: Mixture = Field([], description="answers labelled good or bad, for methods that learn from them")
+    placeholders: dict[str, str] = Field(
+        {}, description="what stands for <NAME> and so on in datasets that have such marks: {NAME: 小智}"
+    )
     mix_by: Literal["examples", "tokens"] = Field("examples", description="what weights are shares of")
     mix_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
         "first_exhausted", description="weights leave rows out until they fit, or repeat rows until all are used"

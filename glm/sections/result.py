@@ -1,8 +1,8 @@
 """Sections of what becomes of a result: evaluation, export, promotion, tracking."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from glm.sections.section import Section
 
@@ -17,10 +17,34 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """The merged model that plain transformers loads."""
+    """The folder that the result becomes for others: by default a merged model that plain transformers loads."""
 
+    what: Literal["merged", "adapter"] = Field(
+        "merged", description="the whole model, or what was trained alone, to be put on the same base"
+    )
+    layout: Literal["transformers", "authors"] = Field(
+        "transformers", description="authors: names and files as ChatGLM's authors publish them; cpm-… is always theirs"
+    )
+    quantization: Literal["none", "nf4", "cpm-int8", "cpm-int4"] = Field(
+        "none", description="of the export: bitsandbytes' nf4, or the authors' (cpm-…)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_shard_size: str = Field("2GB", pattern=r"^\d+(MB|GB)$")
+    push_to_hub: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name of a model on the hub, made or updated; empty: none"
+    )
+    private: bool = Field(True, description="a model that is new on the hub is seen by its owner alone")
+
+    @model_validator(mode="after")
+    def formats_fit(self) -> Self:
+        if self.what == "adapter" and (self.quantization != "none" or self.layout != "transformers"):
+            raise ValueError(
+                f"what adapter leaves the base out, which quantization {self.quantization} and layout {self.layout} "
+                "are about: choose quantization none and layout transformers, or what merged"
+            )
+        if self.quantization == "nf4" and self.layout == "authors":
+            raise ValueError("quantization nf4 is bitsandbytes', unknown to layout authors: choose cpm-int4")
+        return self
 
 
 class MetricGate(Section):

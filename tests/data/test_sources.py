@@ -38,7 +38,7 @@ def dataset_dir(folder: Path, **entries: dict[str, Any]) -> Path:
 
 def test_the_registry_holds_the_reference_s_datasets_and_more() -> None:
     registry = read_registry(ROOT / "data")
-    assert len(registry) == 4 + 1 + 30 + 3
+    assert len(registry) == 4 + 1 + 30 + 3 + 5  # reviews, feedback, the reference's, later ones, recipes'
     assert {"pclue", "coig", "baize"} < registry.keys()
     assert registry["oaast_sft_zh"].file_sha1 == "a6a91f18f80f37b10ded9cf633fb50c033bf7b9f"
     assert registry["firefly"].columns == {"prompt": "input", "query": "", "response": "target", "history": ""}

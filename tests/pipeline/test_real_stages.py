@@ -85,6 +85,13 @@ def test_the_flow_makes_a_champion_that_tells_its_lineage_and_is_made_again(tmp_
     assert nodes["models/sft"]["facts"]["machine"]["machine.threads"] == "1"
     assert found["facts"]["commit"] == project.git("rev-parse", "HEAD").strip()
 
+    # an export is described from the store too
+    project.command(*GLMFLOW, "export", CHAMPION, str(tmp_path / "int4"), "--quantization", "cpm-int4")
+    card = (tmp_path / "int4" / "README.md").read_text()
+    assert "| feedback | reward | 1 |" in card and nodes["feedback"]["hash"] in card
+    assert f"| commit | {found['facts']['commit']} |" in card and "| not committed | glm/errors.py |" in card
+    assert json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_bit"] == 4
+
     again = project.command(*GLMFLOW, "reproduce", CHAMPION).stdout  # by `dvc repro`, in a clone without any cache
     assert "outputs are equal, bit by bit" in again
     assert "recorded uncommitted changes in glm/errors.py" in again
