@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -37,6 +38,7 @@ from tasks.lineage import hashes_in_lock
 
 FOLDER = ROOT / ".worktrees"
 REMOTE = "GLMFLOW_DVC_REMOTE"  # environment variable: where data and results come from and go to, s3://bucket/path
+PAUSES = (10, 60, 300, 600, 0)  # seconds after each try to send a result
 NOT_CODE = ["dvc.lock"]  # changed by every run; whether it is committed makes no difference to a workspace
 
 
@@ -125,7 +127,25 @@ def keep(root: Path, name: str, steps: Sequence[str] = ()) -> None:
     """Keep the state of the worktree as a DVC experiment, of `steps` only, and send it where other machines find it."""
     dvc(root, "exp", "save", "--force", "--name", name, *steps)
     if REMOTE in os.environ and "origin" in git("remote").split():
-        dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
+        send(root, name)
+
+
+def send(root: Path, name: str) -> None:
+    """Send an experiment to git's origin and its files to the remote.
+
+    It is tried for a quarter of an hour: the clone of a worker, and all that was computed in it, ends with the run.
+    """
+    for seconds in PAUSES:
+        try:
+            if git("rev-parse", "--is-shallow-repository").strip() == "true":
+                git("fetch", "--quiet", "--unshallow", "origin")  # Prefect's clone is; DVC pushes from none such
+            dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
+            return
+        except CommandError as error:
+            if not seconds:
+                raise
+            get_run_logger().warning("%s; trying again in %d s", error, seconds)
+            interruptible(time.sleep, seconds)
 
 
 def lock_of(experiment: str) -> str:
