@@ -154,8 +154,8 @@ def test_corrupted_cache_entries(project: Project) -> None:
     content = made.read_bytes()
     listing = Path(project.dvc("get", ".", "models/sft", "--show-url").strip())
     entry = next(path for path in cache.glob("files/md5/??/*") if path.read_bytes() == content)
-    runs, results = cache.glob("runs/*/*/*"), (project.root / ".prefect" / "storage").glob("*")
-    for broken in ([entry], [listing], [*runs], [*results]):
+    for pattern in (entry, listing, cache / "runs/*/*/*", project.root / ".prefect/storage/*"):
+        broken = list(project.root.glob(str(pattern.relative_to(project.root))))
         assert broken
         for path in broken:
             damage(path)
