@@ -36,6 +36,18 @@ def drop_corrupted(outputs: Mapping[str, str], root: Path, cache: Path) -> list[
     return wrong
 
 
+def drop_corrupted_lists(outputs: Mapping[str, str], cache: Path) -> bool:
+    """Remove the lists of folders among `outputs` that are not what their names say. True: there was one.
+
+    DVC does not read such a list, and does not write it again either: `dvc commit` after this does.
+    """
+    lists = [cached(cache, md5) for md5 in outputs.values() if md5.endswith(".dir")]
+    wrong = [path for path in lists if path.exists() and content_hash(path) + ".dir" != path.parent.name + path.name]
+    for path in wrong:
+        path.unlink()
+    return bool(wrong)
+
+
 def entries(cache: Path, md5: str) -> Iterator[Path]:
     """The files of the cache that hold an output: its own, or of a folder its list and all files in it."""
     if md5.endswith(".dir"):

@@ -10,6 +10,7 @@ against the folders of .dvc/cache/runs.
 
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
 
 from flows import ROOT, guard
-from flows.dvc_repair import drop_corrupted, drop_corrupted_runs, drop_dead_locks
+from flows.dvc_repair import drop_corrupted, drop_corrupted_lists, drop_corrupted_runs, drop_dead_locks
 from flows.errors import RefusedError, StageError
 from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
@@ -118,6 +119,9 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
             if RESTORED.search(text) and (wrong := drop_corrupted(output_hashes(step, root), root, cache_folder(root))):
                 logger.warning("%s: DVC's cache was corrupted and is made again: %s", step, ", ".join(wrong))
                 continue
+            if executed and drop_corrupted_lists(output_hashes(step, root), cache_folder(root)):
+                commit = [sys.executable, "-m", "dvc", "commit", "--force", step]
+                subprocess.run(commit, cwd=root, env=environment, check=True, capture_output=True)
             return executed
         if wrong := [*drop_corrupted_runs(cache_folder(root)), *drop_dead_locks(root)]:
             logger.warning("%s: trying again without %s", step, ", ".join(wrong))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.dvc_repair import drop_corrupted, drop_corrupted_runs, drop_dead_locks
+from flows.dvc_repair import drop_corrupted, drop_corrupted_lists, drop_corrupted_runs, drop_dead_locks
 from tasks.lineage import hashes_in_lock
 from tests.pipeline.conftest import Project
 
@@ -56,6 +56,21 @@ def test_a_corrupted_cache_file_is_found_where_it_was_restored(repository: Proje
     assert not entry.exists() and not (root / "out").exists()
     assert "Running stage" in repository.dvc("repro")
     assert (root / "out" / "a").read_text() == "twelve bytes" == entry.read_text()
+
+
+def test_a_cut_off_list_of_a_folder_is_written_again(repository: Project) -> None:
+    root, cache = repository.root, repository.root / ".dvc" / "cache"
+    hashes = hashes_in_lock(root / "dvc.lock")
+    (listing,) = cache.glob("files/md5/??/*.dir")
+    damage(listing)
+    shutil.rmtree(root / "out")
+    repository.dvc("repro")
+    assert "not in cache" in repository.dvc("status")  # and so for ever
+
+    assert drop_corrupted_lists(hashes, cache)
+    repository.dvc("commit", "--force", "copy")
+    assert "up to date" in repository.dvc("status")
+    assert not drop_corrupted_lists(hashes, cache)
 
 
 def test_a_cut_off_run_is_removed(repository: Project) -> None:
