@@ -174,6 +174,6 @@ def test_corrupted_cache_entries(project: Project) -> None:
     # a corrupted file again, in a workspace, which takes everything out of the cache
     project.commit()
     damage(entry)
-    project.flow("-S", "evaluate.max_samples=3")
+    project.flow("-S", "evaluate.max_samples=5")
     assert project.executed()[0] == "sft"
     assert entry.read_bytes() == content
