@@ -361,13 +361,18 @@ def _knobs(section: Any, values: Any, prefix: str = "") -> list[tuple[str, str, 
 
 
 def main() -> None:
-    """Entry point of the installed command. Wrong input is told in its one message, with exit status 2."""
+    """Entry point of the installed command. Wrong input and failures are one message, with exit status 2 and 1."""
     sys.path.insert(0, "")  # the code of the folder one stands in, as `python -m` has it
+    from flows.errors import FlowError
+
     try:
         app()
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except FlowError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

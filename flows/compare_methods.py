@@ -32,7 +32,7 @@ from rich.console import Console
 from flows import ROOT, comparison_report
 from flows.cells import Cell, Comparison, parse_settings, parse_variant, plan, product, read_recipe, validated
 from flows.comparison_report import Outcome, Report
-from flows.dvc_stage import DVC_SAYS
+from flows.dvc_stage import DVC_SAYS, run_cache_keys
 from flows.experiments import read_experiments
 from flows.interrupt import stop_if_asked
 from flows.progress import clock
@@ -139,9 +139,10 @@ def cell(
     tags = {"glmflow.variant": variant, "mlflow.note.content": note(overrides)}
     tags |= {"mlflow.parentRunId": parent_run} if parent_run else {}
     with workspace(name, overrides, steps, like) as root:
-        board = make_board(steps, root)
+        keys = run_cache_keys(steps, root)
+        board = make_board(steps, root, keys)
         with board.shown(), mlflow_parent(root, name, tags, key=f"{parent_run}:{name}") as (run_id, done):
-            run_steps(steps, root, board, run_id, done)
+            run_steps(steps, root, board, keys, run_id, done)
             algorithm = load_params(root / "params.yaml").algorithm
             values, before = comparison_report.measure(lambda path: read_json(root / path), steps[-1], algorithm)
     return Outcome(name, variant, seed, run_id, values, before)

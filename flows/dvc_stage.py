@@ -3,7 +3,6 @@
 DVC's run cache is the pipeline's one memory (https://dvc.org/doc/user-guide/pipelines/run-cache). A stage's Prefect
 cache key is its key there, a hash of command, dependencies (data and code) and parameters. It exists only while the
 outputs on disk are what dvc.lock says, so a deleted output, edited code or half-written model is never taken for a hit.
-Never add this policy to another one: Prefect drops a `None` key from a sum of policies.
 
 The key comes from private functions of DVC (hence `dvc<4` in pyproject.toml); tests/pipeline/test_flow.py checks it
 against the folders of .dvc/cache/runs.
@@ -11,70 +10,49 @@ against the folders of .dvc/cache/runs.
 
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import takewhile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prefect.cache_policies import CachePolicy
 from prefect.logging import get_run_logger
+from ruamel.yaml import YAML
 
 from flows import ROOT, guard
+from flows.dvc_repair import drop_corrupted, drop_corrupted_lists, drop_corrupted_runs, drop_dead_locks
+from flows.errors import RefusedError, StageError
 from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
 
 EXECUTED = re.compile(r"Running stage '")
+RESTORED = re.compile(r"Stage '.*' is cached - skipping run, checking out outputs")
 BUSY = "it is being blocked by"  # what DVC says, and gives up, when a plain `dvc repro` is at the same files
 REFUSED = re.compile(r"exited with 2$", re.MULTILINE)
 DVC_SAYS = re.compile(r"Running stage '|> python |ERROR: failed to reproduce")
 TAIL = 25  # lines of a failed stage's output that are shown
 
 
-class StageError(RuntimeError):
-    """A stage failed or ran out of time. The message ends with the last lines of its output."""
-
-
-class RefusedError(StageError):
-    """A stage refused its input (exit status 2): another try would not help. The message is the stage's own."""
-
-
-@dataclass
-class DvcCacheKey(CachePolicy):
-    """Caches a task that has the parameters `step` and `root` under the run-cache key of that stage."""
-
-    def compute_key(
-        self, task_ctx: Any, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
-    ) -> str | None:
-        return run_cache_key(inputs["step"], Path(inputs["root"]))
-
-
 def run_cache_key(step: str, root: Path) -> str | None:
     """The key of `step` in DVC's run cache; None if the stage would have to run, or its outputs to be restored."""
+    return run_cache_keys([step], root).get(step)
+
+
+def run_cache_keys(steps: Sequence[str], root: Path) -> dict[str, str]:
+    """The keys of the first of `steps` that are up to date, until one is not. One look at all of them is cheap."""
     from dvc.exceptions import DvcException
     from dvc.stage.cache import _can_hash, _get_stage_hash
 
-    try:
-        with open_stages(root) as stages:
-            stage = stages[step]
-            return _get_stage_hash(stage) if _can_hash(stage) and not stage.changed() else None
-    except DvcException:  # a file is busy or missing: `dvc repro` waits for it or says so
-        return None
-
-
-def unchanged(steps: Sequence[str], root: Path) -> list[str]:
-    """The first of `steps` that are up to date, until one is not."""
-    from dvc.exceptions import DvcException
-
-    try:
-        with open_stages(root) as stages:
-            return list(takewhile(lambda step: not stages[step].changed(), steps))
-    except DvcException:
-        return []
+    keys: dict[str, str] = {}
+    with suppress(DvcException), open_stages(root) as stages:  # a file is busy or missing: `dvc repro` waits or says so
+        for step in steps:
+            if not _can_hash(stages[step]) or stages[step].changed():
+                break
+            keys[step] = _get_stage_hash(stages[step])
+    return keys
 
 
 @contextmanager
@@ -90,10 +68,16 @@ def open_stages(root: Path) -> Iterator[Mapping[str, Any]]:
 
 def output_hashes(step: str, root: Path) -> dict[str, str]:
     """The outputs of `step` with their hashes, from dvc.lock."""
-    from ruamel.yaml import YAML
-
-    locked = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text(encoding="utf-8"))
+    locked = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
     return {out["path"]: out["md5"] for out in locked["stages"][step]["outs"]}
+
+
+def cache_folder(root: Path) -> Path:
+    """DVC's cache of the checkout or workspace `root`."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        return Path(repo.cache.local_cache_dir)
 
 
 def stage_environment() -> dict[str, str]:
@@ -132,7 +116,16 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
                     logger.info(line.rstrip())
         text = "\n".join(output)
         if process.returncode == 0:
+            if RESTORED.search(text) and (wrong := drop_corrupted(output_hashes(step, root), root, cache_folder(root))):
+                logger.warning("%s: DVC's cache was corrupted and is made again: %s", step, ", ".join(wrong))
+                continue
+            if executed and drop_corrupted_lists(output_hashes(step, root), cache_folder(root)):
+                commit = [sys.executable, "-m", "dvc", "commit", "--force", step]
+                subprocess.run(commit, cwd=root, env=environment, check=True, capture_output=True)
             return executed
+        if wrong := [*drop_corrupted_runs(cache_folder(root)), *drop_dead_locks(root)]:
+            logger.warning("%s: trying again without %s", step, ", ".join(wrong))
+            continue
         if BUSY not in text or time.monotonic() > deadline:
             break
         on_wait()

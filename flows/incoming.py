@@ -2,9 +2,9 @@
 
 imported sources       `dvc import`, `dvc import-url`: `dvc update` asks whether the source has moved
 tracked files          `dvc pull` what the cache does not have
+files of the checkout  that a dataset of params.yaml names and neither git nor DVC knows, such as data/feedback/
 hub datasets           an entry of dataset_info.json without `revision` gets the newest commit of the hub, so that
                        the run says which one it had
-files of the checkout  that a dataset of params.yaml names and neither git nor DVC knows, such as data/feedback/
 """
 
 import json
@@ -19,6 +19,7 @@ from flows.workspace import dvc
 from glm.config import Data
 from glm.data.registry import read_registry
 from glm.data.rows import USES
+from glm.data.sources import hub_repository
 from glm.errors import InputError
 from glm.files import write_json
 
@@ -31,12 +32,12 @@ def bring_in(root: Path, data: Data, known_revisions: Callable[[], dict[str, str
 
     Raises:
         InputError: an unpinned hub dataset was never seen, and the hub does not answer.
-        RuntimeError: DVC cannot reach a source or the remote.
+        CommandError: DVC cannot reach a source or the remote.
     """
     folder = root / data.dataset_dir
     said = tracked(root, folder)
-    said += pin_revisions(folder, data, known_revisions)
     said += untracked(folder, ROOT / data.dataset_dir, data)
+    said += pin_revisions(folder, data, known_revisions)
     return said
 
 
@@ -62,10 +63,9 @@ def tracked(root: Path, folder: Path) -> list[str]:
 def pin_revisions(folder: Path, data: Data, known_revisions: Callable[[], dict[str, str]]) -> list[str]:
     """Write the newest commit of each used hub dataset that has no `revision` into the workspace's registry."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    entries = read_registry(folder, used(data))
-    unpinned = {name: entry.hf_hub_url for name, entry in entries.items() if entry.hf_hub_url and not entry.revision}
+    free = {name: entry for name, entry in read_registry(folder, used(data)).items() if not entry.revision}
+    unpinned = {name: found for name, entry in free.items() if (found := hub_repository(name, entry, folder))}
     if not unpinned:
         return []
     known = known_revisions()
@@ -74,7 +74,7 @@ def pin_revisions(folder: Path, data: Data, known_revisions: Callable[[], dict[s
     for name, repository in unpinned.items():
         try:
             revision = str(HfApi().dataset_info(repository, timeout=30).sha)
-        except (OSError, HfHubHTTPError) as error:
+        except Exception as error:  # the hub's and the network's faults have many classes and no common one
             if name not in known:
                 raise InputError(
                     f"dataset {name!r}: the hub cannot be asked for the newest commit of {repository} ({error}); "
@@ -93,7 +93,7 @@ def untracked(folder: Path, checkout: Path, data: Data) -> list[str]:
     """Copy the local sources of used datasets that the workspace does not have from the checkout."""
     copied = []
     for entry in read_registry(folder, used(data)).values():
-        file_name = entry.file_name
+        file_name = entry.file_name or entry.script_url
         source = checkout / (file_name or "")
         files = [source] if source.is_file() else sorted(source.rglob("*")) if file_name and source.is_dir() else []
         for file in files:

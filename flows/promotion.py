@@ -26,7 +26,8 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from flows import ROOT, guard
-from flows.dvc_stage import TAIL, RefusedError, StageError, stage_environment
+from flows.dvc_stage import TAIL, stage_environment
+from flows.errors import RefusedError, StageError
 from flows.gate import Decision, Evidence, decide, read_rows, read_words
 from flows.progress import Board, progress_file
 from flows.report import read_json, table

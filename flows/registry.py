@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows import guard
+from flows.errors import SmokeTestError
 from flows.interrupt import interruptible
 from glm.config import Params
 from glm.errors import InputError
@@ -33,10 +34,6 @@ import mlflow
 answer = mlflow.pyfunc.load_model(sys.argv[1]).predict({example}, params={{"max_new_tokens": 16}})[0]
 assert answer["role"] == "assistant" and isinstance(answer["content"], str), f"no answer: {{answer}}"
 """
-
-
-class SmokeTestError(RuntimeError):
-    """A registered model does not load or does not answer."""
 
 
 def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:

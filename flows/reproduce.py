@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import ROOT, guard
-from flows.dvc_stage import stage_environment
+from flows.dvc_repair import cached
+from flows.dvc_stage import cache_folder, stage_environment
 from flows.lineage import find_run
 from flows.report import read_json
 from flows.workspace import FOLDER as WORKSPACES
@@ -87,7 +88,7 @@ def bring_data(root: Path, record: dict[str, Any], recorded: Path) -> None:
         InputError: a file that a dataset of the run came from is neither in git nor in DVC's cache nor at its remote.
     """
     folder = root / record["data"]["folder"]
-    here = (ROOT / dvc(ROOT, "cache", "dir").strip()).resolve()
+    here = cache_folder(ROOT)
     missing = {
         name: md5
         for name, md5 in record["data"]["files"].items()
@@ -125,11 +126,6 @@ def fetch_from_remote(root: Path, recorded: Path) -> None:
         cwd=root, env=stage_environment(), capture_output=True,
     )  # fmt: skip
     (root / "dvc.lock").unlink()
-
-
-def cached(cache: Path, md5: str) -> Path:
-    """Where DVC's cache keeps a file of this content."""
-    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def recorded_machine(client: "MlflowClient", record: dict[str, Any]) -> dict[str, str]:

@@ -32,7 +32,8 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from flows import ROOT, report
-from flows.dvc_stage import DvcCacheKey, RefusedError, output_hashes, reproduce, run_cache_key, unchanged
+from flows.dvc_stage import output_hashes, reproduce, run_cache_key, run_cache_keys
+from flows.errors import RefusedError
 from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board
@@ -77,18 +78,22 @@ def not_refused(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 @task(
-    cache_policy=DvcCacheKey(),
+    cache_key_fn=lambda context, inputs: inputs["key"],
     persist_result=True,
     result_serializer="json",
     retry_delay_seconds=5,
     retry_condition_fn=not_refused,
 )
-def stage(step: str, root: str, time_limit: float, parent_run: str) -> State[Any]:
-    """Bring one stage up to date. The task's state says "Cached" if that took no execution of its command."""
-    executed = run_cache_key(step, Path(root)) is None and reproduce(
-        step, Path(root), time_limit, {"GLMFLOW_PARENT_RUN_ID": parent_run}
-    )
-    data = {"key": run_cache_key(step, Path(root)), "outputs": output_hashes(step, Path(root))}
+def stage(step: str, root: str, time_limit: float, parent_run: str, key: str | None) -> State[Any]:
+    """Bring one stage up to date. The task's state says "Cached" if that took no execution of its command.
+
+    `key` is the stage's in DVC's run cache, and so in Prefect's; None: it is not up to date.
+    """
+    executed = False
+    if key is None:
+        executed = reproduce(step, Path(root), time_limit, {"GLMFLOW_PARENT_RUN_ID": parent_run})
+        key = run_cache_key(step, Path(root))
+    data = {"key": key, "outputs": output_hashes(step, Path(root))}
     if executed:
         return Completed(message="DVC executed the stage", data=data)
     return Completed(name="Cached", message="DVC has the outputs: nothing was executed", data=data)
@@ -115,19 +120,21 @@ def rlhf_pipeline(overrides: dict[str, Any] | None = None, until: str | None = N
     """
     overrides = overrides or {}
     steps = steps_to(until)
-    check(overrides, until)
+    load_params(ROOT / "params.yaml", overrides)  # wrong ones are refused before anything is fetched
     if not overrides and deployment.id is None:
+        check(ROOT, until=until)
         return run_stages(ROOT, flow_run.name, until=until)
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
     with workspace(flow_run.name, overrides, steps if until else ()) as root:
+        check(root, until=until)
         return run_stages(root, flow_run.name, until=until) | {"experiment": flow_run.name}
 
 
-def check(overrides: dict[str, Any], until: str | None = None) -> None:
-    """Raise an InputError if the parameters, or the data and model that they name, are not right."""
-    with chdir(ROOT):
-        check_inputs(load_params("params.yaml", overrides), steps_to(until))
+def check(root: Path, overrides: Mapping[str, Any] | None = None, until: str | None = None) -> None:
+    """Raise an InputError if the parameters in `root`, or the data and model that they name, are not right."""
+    with chdir(root):
+        check_inputs(load_params("params.yaml", dict(overrides or {})), steps_to(until))
 
 
 def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | None = None) -> dict[str, Any]:
@@ -137,10 +144,11 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | Non
     is the last step, and nothing is registered.
     """
     steps = steps_to(until)
-    board = make_board(steps, root, [] if until else ["register"])
+    keys = run_cache_keys(steps, root)
+    board = make_board(steps, root, keys, [] if until else ["register"])
     version = None
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
-        run_steps(steps, root, board, parent_run, done)
+        run_steps(steps, root, board, keys, parent_run, done)
         if until:
             record_run(root, parent_run)
         else:
@@ -162,20 +170,31 @@ def write_report(root: Path, name: str, parent_run: str | None, summary: dict[st
     keep_file(parent_run, page)
 
 
-def make_board(steps: Sequence[str], root: Path, more: Sequence[str] = ()) -> Board:
+def make_board(steps: Sequence[str], root: Path, keys: Mapping[str, str], more: Sequence[str] = ()) -> Board:
     """The board of a run of `steps` in `root`, then of what is no stage. The stage `policy` goes by its algorithm."""
     names = programs(load_params(root / "params.yaml").algorithm, steps)
-    return Board([*names, *more], root, names[: len(unchanged(steps, root))])
+    return Board([*names, *more], root, names[: len(keys)])
 
 
-def run_steps(steps: Sequence[str], root: Path, board: Board, parent_run: str | None, done: list[str]) -> None:
-    """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised."""
+def run_steps(
+    steps: Sequence[str],
+    root: Path,
+    board: Board,
+    keys: Mapping[str, str],
+    parent_run: str | None,
+    done: list[str],
+) -> None:
+    """Run stages in `root`, in order; the name of each is added to `done` when it is. Raises what a stage raised.
+
+    `keys` are those of the first stages, which are up to date (`run_cache_keys`).
+    """
     board.parent_run = parent_run
     for step, name in zip(steps, programs(load_params(root / "params.yaml").algorithm, steps), strict=True):
         run = stage.with_options(name=name, task_run_name=name, retries=STAGES[step].retries)
         with board.running(name) as line:
             stop_if_asked()
-            state = run(step, str(root), STAGES[step].time_limit, parent_run or "", return_state=True)
+            key = keys.get(step) or run_cache_key(step, root)
+            state = run(step, str(root), STAGES[step].time_limit, parent_run or "", key, return_state=True)
             state.result()
             line.state = "cached" if state.name == "Cached" else "ran"
         done.append(name)
@@ -256,7 +275,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe({})
     overrides = recipe.overrides | parse_overrides(arguments.overrides)
     until = arguments.until or recipe.until
-    check(overrides, until)
+    check(ROOT, overrides, until)
     if overrides and (files := uncommitted()):
         raise InputError(
             f"a run with overrides uses the last commit, without your changes in {', '.join(files)}: commit first"

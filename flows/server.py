@@ -18,6 +18,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import ROOT, guard
+from flows.errors import ServerError
 from flows.interrupt import interruptible
 
 STARTUP_SECONDS = 180  # the first start makes the database: 7 s on an idle machine, more than 40 on a busy small one
@@ -73,12 +74,12 @@ def wait_until_up(url: str, process: subprocess.Popen[str], log: Path) -> None:
     """Return once the server answers.
 
     Raises:
-        RuntimeError: it ended, or did not answer within STARTUP_SECONDS.
+        ServerError: it ended, or did not answer within STARTUP_SECONDS.
     """
     deadline = time.monotonic() + STARTUP_SECONDS
     while not is_up(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"The Prefect server did not start; its output is in {log}")
+            raise ServerError(f"The Prefect server did not start; its output is in {log}")
         interruptible(time.sleep, 0.1)
 
 

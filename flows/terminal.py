@@ -1,6 +1,8 @@
 """Flows that are run from a terminal, by `python -m flows.<flow>` or `glmflow`: what their command lines share."""
 
+import gc
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from importlib import import_module
 from threading import Thread
 
 from flows import ROOT
-from flows.dvc_stage import RefusedError, StageError
+from flows.errors import FlowError, RefusedError
 from flows.interrupt import handle_ctrl_c
 from flows.server import prefect_api
 from glm.errors import InputError
@@ -19,9 +21,15 @@ def in_terminal() -> Iterator[None]:
     """Within the block flows find Prefect's API, Ctrl-C ends them, and the terminal is theirs."""
     handle_ctrl_c(ROOT / ".dvc" / "tmp" / "ctrl-c.log")
     quieten()
-    Thread(target=import_module, args=("mlflow",), daemon=True).start()  # 2 s, while the server starts
+    Thread(target=import_ahead, daemon=True).start()
     with prefect_api():
         yield
+
+
+def import_ahead() -> None:
+    """What a run will import in its course, while its server starts: two seconds of work."""
+    for name in ("mlflow.store.tracking.sqlalchemy_store", "dvc.repo", "dvc.stage.cache", "matplotlib.pyplot"):
+        import_module(name)
 
 
 def quieten() -> None:
@@ -31,15 +39,18 @@ def quieten() -> None:
 
 
 def exit_status(command: Callable[[], int], stopped: str) -> int:
-    """Run a command. Its own exit status, or 1: a stage failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
+    """Run a command. Its exit status, or 1: something failed, 2: wrong input, 130: Ctrl-C, when `stopped` is said."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # until then, see flows/__init__.py
     try:
         return command()
     except (InputError, RefusedError) as error:
         print(error, file=sys.stderr)
         return 2
-    except StageError as error:
+    except FlowError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
+    finally:
+        gc.freeze()  # the process ends: to look through three thousand modules once more takes a second

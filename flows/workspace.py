@@ -15,24 +15,30 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows import ROOT, guard
-from flows.dvc_stage import stage_environment
+from flows.dvc_repair import drop_corrupted
+from flows.dvc_stage import cache_folder, stage_environment
+from flows.errors import CommandError
 from flows.interrupt import interruptible
 from glm.config import load_params
 from glm.errors import InputError
 from glm.files import write_text
+from tasks.lineage import hashes_in_lock
 
 FOLDER = ROOT / ".worktrees"
 REMOTE = "GLMFLOW_DVC_REMOTE"  # environment variable: where data and results come from and go to, s3://bucket/path
+PAUSES = (10, 60, 300, 600, 0)  # seconds after each try to send a result
 NOT_CODE = ["dvc.lock"]  # changed by every run; whether it is committed makes no difference to a workspace
 
 
@@ -115,13 +121,33 @@ def restore(root: Path) -> None:
     """Bring what DVC tracks in the worktree out of the cache, or the remote of REMOTE, as far as it is there."""
     bring = ["pull", "--run-cache"] if REMOTE in os.environ else ["checkout"]
     dvc(root, *bring, "--allow-missing", "--force", "--quiet")
+    if wrong := drop_corrupted(hashes_in_lock(root / "dvc.lock"), root, cache_folder(root)):
+        get_run_logger().warning("DVC's cache was corrupted and is made again: %s", ", ".join(wrong))
 
 
 def keep(root: Path, name: str, steps: Sequence[str] = ()) -> None:
     """Keep the state of the worktree as a DVC experiment, of `steps` only, and send it where other machines find it."""
     dvc(root, "exp", "save", "--force", "--name", name, *steps)
     if REMOTE in os.environ and "origin" in git("remote").split():
-        dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
+        send(root, name)
+
+
+def send(root: Path, name: str) -> None:
+    """Send an experiment to git's origin and its files to the remote.
+
+    It is tried for a quarter of an hour: the clone of a worker, and all that was computed in it, ends with the run.
+    """
+    for seconds in PAUSES:
+        try:
+            if git("rev-parse", "--is-shallow-repository").strip() == "true":
+                git("fetch", "--quiet", "--unshallow", "origin")  # Prefect's clone is; DVC pushes from none such
+            dvc(root, "exp", "push", "--force", "--run-cache", "origin", name)
+            return
+        except CommandError as error:
+            if not seconds:
+                raise
+            get_run_logger().warning("%s; trying again in %d s", error, seconds)
+            interruptible(time.sleep, seconds)
 
 
 def lock_of(experiment: str) -> str:
@@ -145,8 +171,7 @@ def share_cache(root: Path) -> None:
         shutil.copy(local, root / ".dvc" / "config.local")
     if REMOTE in os.environ:
         dvc(root, "remote", "add", "--local", "--default", "--force", "elsewhere", os.environ[REMOTE])
-    cache = dvc(ROOT, "cache", "dir").strip()
-    dvc(root, "config", "--local", "cache.dir", str((ROOT / cache).resolve()))
+    dvc(root, "config", "--local", "cache.dir", str(cache_folder(ROOT)))
 
 
 def write_overrides(path: Path, overrides: Mapping[str, Any]) -> None:
@@ -212,5 +237,5 @@ def command(words: list[str], cwd: Path) -> str:
     environment = author() | stage_environment()
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+        raise CommandError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -37,7 +37,7 @@ def stage_entry(step: str, algorithm: str, path: str | Path = "dvc.yaml") -> Sta
     Raises:
         InputError: there is no such file, or no such stage in it.
     """
-    yaml = YAML(typ="safe", pure=True)
+    yaml = YAML(typ="safe")
     try:
         text = Path(path).read_text(encoding="utf-8").replace("${algorithm}", algorithm)
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def hashes_in_lock(path: str | Path = "dvc.lock") -> dict[str, str]:
     """The hash of every output that dvc.lock knows; empty without a lock file."""
     if not Path(path).exists():
         return {}
-    stages = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8")).get("stages", {})
+    stages = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8")).get("stages", {})
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
 

@@ -128,7 +128,7 @@ def read_lock(path: str | Path = "dvc.lock") -> dict[str, Any]:
     """The stages of a dvc.lock by name; empty without the file."""
     if not Path(path).exists():
         return {}
-    stages: dict[str, Any] = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))["stages"]
+    stages: dict[str, Any] = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))["stages"]
     return stages
 
 

@@ -67,6 +67,17 @@ def fetch(
     return sources
 
 
+def hub_repository(name: str, entry: Entry, dataset_dir: str | Path) -> str | None:
+    """The repository of the hub that a dataset is downloaded from; None for one that is on this machine or elsewhere.
+
+    Raises:
+        InputError: see `local_files`.
+    """
+    if entry.script_url and local_files(name, entry, dataset_dir) is None:
+        return SCRIPTS[PurePosixPath(entry.script_url).name].repository
+    return entry.hf_hub_url
+
+
 def local_files(name: str, entry: Entry, dataset_dir: str | Path) -> list[Path] | None:
     """The files of a dataset whose source is on this machine, checked to exist; None where it must be downloaded.
 

@@ -38,9 +38,10 @@ def draw_curves(points: Mapping[int, Mapping[str, float]], title: str) -> "Figur
         steps = sorted(step for step, values in points.items() if name in values)
         curve = [points[step][name] for step in steps]
         panel = figure.add_subplot(rows, min(COLUMNS, len(names)), position, title=name, xlabel="step")
-        (line,) = panel.plot(steps, curve, alpha=0.4, label="original")
+        (line,) = panel.plot(steps, curve, alpha=0.4, label="original", marker="." if len(curve) == 1 else "")
         panel.plot(steps, smooth(curve), color=line.get_color(), label="smoothed")
-        panel.legend()
+        if position == 1:
+            panel.legend()
     return figure
 
 

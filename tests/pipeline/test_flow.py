@@ -208,7 +208,7 @@ def test_each_algorithm_has_its_own_results(project: Project, prefect_api: str) 
 def test_two_flows_at_once_execute_each_stage_once(project: Project) -> None:
     flows = [project.start_flow(SLEEP_sft="2"), project.start_flow("-S", "seed=42", SLEEP_sft="2")]
     for flow in flows:
-        _, errors = flow.communicate(timeout=180)
+        _, errors = flow.communicate(timeout=600)
         assert flow.returncode == 0, errors
     assert sorted(project.executed()) == sorted(PROGRAMS)
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from flows import guard
-from tests.pipeline.conftest import Project, last_run
+from tests.pipeline.conftest import ROOT, Project, last_run
 
 REST = ["sft", "evaluate_sft", "reward", "reward_judge", "ppo", "evaluate", "export"]
 
@@ -46,6 +46,17 @@ def test_ctrl_c_stops_cleanly(project: Project, prefect_api: str) -> None:
     assert "Nothing is left running" in errors and "Traceback" not in errors
     assert project.processes() == []
     assert last_run(prefect_api)["state"]["type"] == "CRASHED"
+
+
+@pytest.mark.parametrize("flow", ["rlhf_pipeline", "retrain", "compare_methods", "deploy"])
+def test_ctrl_c_while_it_is_still_importing(flow: str) -> None:
+    command = [sys.executable, "-m", f"flows.{flow}", "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any("pydantic_core" in part.path for part in psutil.Process(process.pid).memory_maps()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "Stopped before it began.\n")
+    assert process.returncode == 130
 
 
 CTRL_C = """

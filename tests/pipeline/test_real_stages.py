@@ -62,10 +62,12 @@ def test_the_flow_makes_a_champion_that_tells_its_lineage_and_is_made_again(tmp_
     project.command(*GLMFLOW, "promote", "challenger", "--reason", "to see where it came from")
     made = locked(root)
 
-    # the folder moves on; only git, DVC's cache and the store are left
+    # the folder moves on; only git, DVC's remote and the store are left
+    project.dvc("remote", "add", "--local", "--default", "elsewhere", str(tmp_path / "remote"))
+    project.dvc("push")
     note.write_text(committed)
     feedback.unlink()
-    for folder in ("models", "prepared", "metrics", "reports", "runs", ".cache"):
+    for folder in ("models", "prepared", "metrics", "reports", "runs", ".cache", ".dvc/cache"):
         shutil.rmtree(root / folder)
     (root / "dvc.lock").unlink()
     shown = project.command(

@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from flows import champion
-from flows.registry import SmokeTestError, alias_version, moved_alias, register, smoke_test
+from flows.errors import SmokeTestError
+from flows.registry import alias_version, moved_alias, register, smoke_test
 from glm.config import Params, validate_params
 from glm.errors import InputError
 from tasks.lineage import content_hash

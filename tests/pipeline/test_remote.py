@@ -17,6 +17,7 @@ from flows import guard
 from flows.server import free_port, wait_until_up
 from tasks import programs
 from tests.pipeline.conftest import Project, last_run
+from tests.pipeline.test_retrain import PAIR
 
 pytestmark = pytest.mark.slow
 
@@ -135,11 +136,14 @@ def test_servers_elsewhere(project: Project, servers: dict[str, str]) -> None:
     assert f"{run.info.run_id}/artifacts/params.yaml" in kept and ".html" in kept
 
 
-def test_a_worker_on_another_machine(project: Project, prefect_api: str, tmp_path: Path) -> None:
-    """Two checkouts and two homes that share git's origin, a DVC remote and the servers, and nothing else."""
-    origin, remote, elsewhere = tmp_path / "origin.git", tmp_path / "remote", tmp_path / "elsewhere"
-    for folder in (remote, elsewhere):
-        folder.mkdir()
+def test_a_worker_on_another_machine(project: Project, prefect_api: str, s3: dict[str, str], tmp_path: Path) -> None:
+    """Two checkouts and two homes that share git's origin, an S3 store and the servers, and nothing else."""
+    origin, elsewhere = tmp_path / "origin.git", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    project.env |= s3
+    project.dvc("remote", "add", "--local", "--default", "elsewhere", "s3://dvc/cache")
+    give_data(project)
+    project.dvc("push")
     project.git("clone", "--quiet", "--bare", ".", str(origin))
     project.git("remote", "add", "origin", str(origin))
     project.env["GLMFLOW_GIT_URL"] = f"file://{origin}"
@@ -151,10 +155,10 @@ def test_a_worker_on_another_machine(project: Project, prefect_api: str, tmp_pat
         "HOME": str(elsewhere),
         "DVC_SITE_CACHE_DIR": str(elsewhere / "dvc"),
         "PREFECT_HOME": str(elsewhere / "prefect"),
-        "GLMFLOW_DVC_REMOTE": str(remote),
+        "GLMFLOW_DVC_REMOTE": "s3://dvc/cache",
         "MLFLOW_TRACKING_URI": f"sqlite:///{elsewhere}/mlflow.db",
     }
-    variables = json.dumps({name: other[name] for name in ("GLMFLOW_DVC_REMOTE", "MLFLOW_TRACKING_URI")})
+    variables = json.dumps({name: other[name] for name in ("GLMFLOW_DVC_REMOTE", "MLFLOW_TRACKING_URI", *s3)})
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "remote"]
     with (elsewhere / "log").open("w") as log, guard.running(worker, cwd=elsewhere, env=other, stdout=log) as process:
         start = ["prefect", "deployment", "run", "rlhf-pipeline/remote", "--watch", "--job-variable"]
@@ -169,11 +173,27 @@ def test_a_worker_on_another_machine(project: Project, prefect_api: str, tmp_pat
         and project.git("status", "--porcelain") == ""
     )
 
+    # here, and in a third checkout that has nothing yet, the worker's results are had without computing
     name = last_run(prefect_api)["name"]
-    project.env["GLMFLOW_DVC_REMOTE"] = str(remote)
-    project.dvc("remote", "add", "--local", "--default", "elsewhere", str(remote))
-    project.dvc("exp", "pull", "--run-cache", "origin", name)
-    project.dvc("exp", "apply", name)
-    assert (project.root / "models" / "ppo" / "made_with.json").exists()
-    assert "up to date" in project.dvc("repro")
+    third = Project(tmp_path / "third", tmp_path / "home3", None)
+    third.env |= s3 | {"EXECUTED": str(project.log)}
+    project.git("clone", "--quiet", str(origin), str(third.root))
+    third.dvc("remote", "add", "--local", "--default", "elsewhere", "s3://dvc/cache")
+    for checkout in (project, third):
+        checkout.dvc("exp", "pull", "--run-cache", "origin", name)
+        checkout.dvc("exp", "apply", name)
+        assert "很好" in (checkout.root / "data" / "answers.jsonl").read_text()
+        assert (checkout.root / "models" / "ppo" / "made_with.json").exists()
+        assert "up to date" in checkout.dvc("repro")
     assert project.executed() == []
+
+
+def give_data(project: Project) -> None:
+    """A dataset that DVC tracks and git does not have."""
+    file = project.root / "data" / "answers.jsonl"
+    file.write_text(json.dumps(PAIR, ensure_ascii=False) + "\n")
+    project.dvc("add", "data/answers.jsonl")
+    registry = project.root / "data" / "dataset_info.json"
+    registry.write_text(json.dumps(json.loads(registry.read_text()) | {"answers": {"file_name": "answers.jsonl"}}))
+    project.set_param("data.reward", "[reviews_pairs]", "[reviews_pairs, answers]")
+    project.commit()

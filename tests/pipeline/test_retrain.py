@@ -121,6 +121,32 @@ def test_a_new_file_starts_a_retraining_that_waits_for_a_person(deployed: Projec
     assert len(deployed.executed()) == len(STEPS)  # once
 
 
+@pytest.mark.slow
+def test_the_schedule_of_the_deployment_fires(deployed: Project) -> None:
+    url = api(deployed)
+    schedule = [
+        "prefect",
+        "deployment",
+        "schedule",
+        "create",
+        "retrain/weekly",
+        "--cron",
+        "* * * * *",
+        "--replace",
+        "-y",
+    ]
+    deployed.command("prefect", *schedule)
+
+    def ended() -> list[dict[str, object]]:
+        runs = query(url, "flow_runs/filter", {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_ASC"})
+        return [run for run in runs if run["state"]["name"] in ("Suspended", "No new data")]
+
+    wait_until(lambda: len(ended()) >= 2, 400)
+    assert [run["state"]["name"] for run in ended()][:2] == ["Suspended", "No new data"]
+    assert all(run["auto_scheduled"] for run in ended())
+    assert len(deployed.executed()) == len(STEPS)
+
+
 def resume(url: str, run: str, body: dict[str, object]) -> None:
     import httpx
 

@@ -1,5 +1,6 @@
 """What may break under a run: processes, servers, the disk, the cache. Nothing is lost, and a plain re-run finishes."""
 
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from flows.server import free_port, wait_until_up
 from tasks import programs
 from tests.pipeline.conftest import Project, last_run
 from tests.pipeline.test_deploy import api, deploy, deployed, wait_until  # noqa: F401
+from tests.pipeline.test_repair import damage
 
 TRIALS = int(os.environ.get("GLMFLOW_KILL_TRIALS", "3"))  # `make test-slow` sets 20
 
@@ -144,22 +146,34 @@ def test_a_full_disk(tmp_path: Path, prefect_api: str, request: pytest.FixtureRe
 
 
 @pytest.mark.slow
-def test_a_corrupted_cache_entry(project: Project) -> None:
+def test_corrupted_cache_entries(project: Project) -> None:
     project.flow()
     project.executed()
-    hash_file = project.dvc("get", ".", "models/sft", "--show-url").strip()
-    assert hash_file.endswith(".dir")
+    cache = project.root / ".dvc" / "cache"
     made = project.root / "models" / "sft" / "made_with.json"
     content = made.read_bytes()
-    entry = next(
-        path
-        for path in (project.root / ".dvc/cache/files").rglob("*")
-        if path.is_file() and path.read_bytes() == content
-    )
-    entry.chmod(0o644)
-    entry.write_bytes(content[:10])
-    entry.chmod(0o444)
+    listing = Path(project.dvc("get", ".", "models/sft", "--show-url").strip())
+    entry = next(path for path in cache.glob("files/md5/??/*") if path.read_bytes() == content)
+    for pattern in (entry, listing, cache / "runs/*/*/*", project.root / ".prefect/storage/*"):
+        broken = list(project.root.glob(str(pattern.relative_to(project.root))))
+        assert broken
+        for path in broken:
+            damage(path)
+        shutil.rmtree(made.parent)
+        project.flow()
+        assert made.read_bytes() == content
+        assert set(project.executed()) <= {"sft"}
+    assert_whole(project)
+
+    # a lock of a DVC that was killed before its number went to another program
+    (cache.parent / "tmp" / "rwlock").write_text(json.dumps({"write": {str(made.parent): {"pid": 1, "cmd": "dvc"}}}))
     shutil.rmtree(made.parent)
     project.flow()
     assert made.read_bytes() == content
-    assert_whole(project)
+
+    # a corrupted file again, in a workspace, which takes everything out of the cache
+    project.commit()
+    damage(entry)
+    project.flow("-S", "evaluate.max_samples=5")
+    assert project.executed()[0] == "sft"
+    assert entry.read_bytes() == content
