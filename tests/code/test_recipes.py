@@ -34,7 +34,7 @@ def test_a_recipe_is_valid_as_its_launch_line_gives_it(path: Path, monkeypatch: 
     for line in lines:
         words = shlex.split(line)
         pairs = [word for before, word in pairwise(words) if before == "-S"]
-        check(recipe.overrides | parse_overrides(pairs), recipe.until)
+        check(ROOT, recipe.overrides | parse_overrides(pairs), recipe.until)
     text = path.read_text("utf-8")
     assert all(word in text for word in ("# Data:", "# Needs:", "# Published"))
 
@@ -85,4 +85,4 @@ def test_what_is_wrong_is_said(text: str | None, said: str, tmp_path: Path) -> N
         path.write_text(text)
     with pytest.raises(InputError, match=re.escape(said)):
         recipe = read_recipe(path)
-        check(recipe.overrides, recipe.until)
+        check(ROOT, recipe.overrides, recipe.until)
