@@ -5,7 +5,7 @@ import queue
 import sys
 import time
 import unicodedata
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,15 +45,8 @@ class Chat:
             InputError: the prompt cannot be encoded.
             RuntimeError: the model failed.
         """
-        from glm.data.encode import prompt_ids
-        from glm.serving.answer import AnswerReader
-        from glm.serving.engine import Request
-        from glm.serving.sampling import SamplingParams
-
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        ids, _ = prompt_ids(self.engine.tokenizer, self.messages, self.data)
-        params = SamplingParams(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
-        self.request = Request(ids, params, AnswerReader(self.engine.tokenizer), events.put)
+        self.request = self.ask(events.put)
         self.engine.submit(self.request)
         text = ""
         try:
@@ -68,6 +61,21 @@ class Chat:
         finally:
             self.request.cancel()
             self.messages.append({"role": "assistant", "content": text})
+
+    def ask(self, deliver: "Callable[[Event], None]") -> "Request":
+        """A request for an answer to the dialogue, not submitted yet.
+
+        Raises:
+            InputError: the prompt cannot be encoded.
+        """
+        from glm.data.encode import prompt_ids
+        from glm.serving.answer import AnswerReader
+        from glm.serving.engine import Request
+        from glm.serving.sampling import SamplingParams
+
+        ids, _ = prompt_ids(self.engine.tokenizer, self.messages, self.data)
+        params = SamplingParams(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        return Request(ids, params, AnswerReader(self.engine.tokenizer), deliver)
 
     def speed(self) -> str:
         """What the last answer took."""

@@ -187,6 +187,24 @@ def export(
 
 
 @app.command()
+def web(
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    user: Annotated[str | None, typer.Option(envvar="GLMFLOW_WEB_USER", help="that visitors must name")] = None,
+    password: Annotated[str | None, typer.Option(envvar="GLMFLOW_WEB_PASSWORD", help="that visitors must give")] = None,
+    show: Annotated[bool, typer.Option("--open", help="open a browser")] = False,
+) -> None:
+    """Serve the web page: train, compare, chat, rank answers, promote. Beyond this machine it wants a password."""
+    try:
+        from apps.web.run import serve as serve_page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError("web: the page needs gradio: pip install 'glmflow[web]'") from None
+    serve_page(host, port, user, password, show)
+
+
+@app.command()
 def doctor() -> None:
     """Check Python, packages, hardware, servers and data, and say what to do; exit status 1 if something is wrong."""
     from apps.doctor import main as examine

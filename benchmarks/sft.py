@@ -45,6 +45,8 @@ PADDED: dict[str, Any] = {"packing": False, "torch_compile": False, "per_device_
 PACKED: dict[str, Any] = {"tokens_per_step": 4096, "tokens_per_forward": 4096}
 FINAL: dict[str, Any] = {**PACKED, "torch_compile": True, "activation_checkpointing": "none"}
 
+UNFUSED: dict[str, Any] = {**FINAL, "fused_layers": False}
+
 # name → (what changed against the row before, values of the section, optimizer steps: a multiple of WINDOW)
 PATH: dict[str, tuple[str, dict[str, Any], int]] = {
     "padded": (
@@ -54,20 +56,23 @@ PATH: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "packed": (
         "+ packed rows of 4,096 tokens",
-        {**PACKED, "torch_compile": False, "activation_checkpointing": "full", "lora_dropout": 0.1},
+        {**UNFUSED, "torch_compile": False, "activation_checkpointing": "full", "lora_dropout": 0.1},
         12,
     ),
     "dropout": (
         "+ no LoRA dropout",
-        {**PACKED, "torch_compile": False, "activation_checkpointing": "full"},
+        {**UNFUSED, "torch_compile": False, "activation_checkpointing": "full"},
         12,
     ),
-    "full": ("+ layers compiled", {**FINAL, "activation_checkpointing": "full"}, 16),
-    "selective": ("+ selective checkpointing", {**FINAL, "activation_checkpointing": "selective"}, 16),
-    "final": ("+ no checkpointing", FINAL, 20),
+    "compiled": ("+ layers compiled", {**UNFUSED, "activation_checkpointing": "full"}, 16),
+    "selected": ("+ selective checkpointing", {**UNFUSED, "activation_checkpointing": "selective"}, 16),
+    "unfused": ("+ no checkpointing", UNFUSED, 20),
+    "final": ("+ fused layers, the last one at labels only", FINAL, 20),
 }
 # What else can be chosen, each against `final`.
 OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "full": ("full checkpointing", {**FINAL, "activation_checkpointing": "full"}, 16),
+    "selective": ("selective checkpointing", {**FINAL, "activation_checkpointing": "selective"}, 16),
     "eager": ("layers not compiled", {**FINAL, "torch_compile": False}, 12),
     "rows-2048": ("the same step in rows of 2,048", {**FINAL, "tokens_per_forward": 2048}, 16),
     "flex": ("attn_implementation flex_attention", {**FINAL, "attn_implementation": "flex_attention"}, 16),
@@ -75,7 +80,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 AUTO: dict[str, Any] = {**FINAL, "activation_checkpointing": "auto"}
 BUDGETS = (32, 20, 15)  # GB, within which `auto` has to choose
-QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 12}
+QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 10}
 
 
 def matmul_limit(parameters: int) -> tuple[float, float]:
@@ -264,9 +269,9 @@ def cpu(steps: int, console: Console) -> None:
         found = stock(model, dialogues, params.sft, batch_size=size, steps=steps, first=steps // 2)
         return found["examples_per_second"]
 
-    def stage(name: str, packing: bool) -> float:
+    def stage(name: str, packing: bool, fused: bool = False) -> float:
         speeds: list[float] = []
-        changes = {"packing": packing, "max_steps": steps, "logging_steps": steps // 2}
+        changes = {"packing": packing, "fused_layers": fused, "max_steps": steps, "logging_steps": steps // 2}
         section = getattr(params, name).model_copy(update=changes)
         model, _ = load_base(params)
         options: dict[str, Any] = {
@@ -283,8 +288,10 @@ def cpu(steps: int, console: Console) -> None:
         "SFT, transformers + PEFT, padded": transformers,
         "SFT, padded": partial(stage, "sft", False),
         "SFT, packed": partial(stage, "sft", True),
+        "SFT, packed, fused layers": partial(stage, "sft", True, fused=True),
         "reward, padded": partial(stage, "reward", False),
         "reward, packed": partial(stage, "reward", True),
+        "reward, packed, fused layers": partial(stage, "reward", True, fused=True),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(5):

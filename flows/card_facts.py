@@ -39,18 +39,18 @@ def recorded_facts(target: str) -> "Facts":
             folder = Path(client.download_artifacts(run_id, FOLDER, temporary))
             record = read_json(folder / "record.json")
             values = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text(encoding="utf-8"))
-            metrics = read_json(folder / "metrics" / "evaluate.json")
+            metrics = {name: read_json(folder / "metrics" / f"{name}.json") for name in ("evaluate_sft", "evaluate")}
     except (InputError, MlflowException, OSError):
         return Facts()
     algorithm = values["algorithm"]
-    who = made_by(client, target, algorithm)
+    who = made_by(client, target, run_id, algorithm)
     sections = OF_SFT if who == "sft" else (*SECTIONS, "algorithm", algorithm)
     return Facts(
         algorithm=who,
         sources=record["sources"],
         rows={use: rows for use, rows in record["rows"].items() if who != "sft" or use in ("sft", "text")},
         base=record["base"] | {"path": display_path(record["base"]["path"])},
-        metrics=up_to(metrics, who),
+        metrics=up_to(metrics["evaluate_sft" if who == "sft" else "evaluate"], who),
         parameters=flatten({name: values[name] for name in sections if name in values}),
         origin={
             "registered as": about.get("version", ""),
@@ -61,17 +61,16 @@ def recorded_facts(target: str) -> "Facts":
     )
 
 
-def made_by(client: "MlflowClient", target: str, algorithm: str) -> str:
-    """ "sft" or the algorithm: which step made the model that `target` names."""
-    from mlflow.exceptions import MlflowException
-
+def made_by(client: "MlflowClient", target: str, run_id: str, algorithm: str) -> str:
+    """Which step made the model that `target` names, sft or the algorithm; `run_id` is the pipeline's run."""
+    if target.startswith("models:/"):  # registered: an export
+        return algorithm
     if Path(target).exists():
         return "sft" if Path(target).name == "sft" else algorithm
-    try:
-        step = client.get_run(target).data.tags.get("glmflow.step")
-    except MlflowException:  # a registered version, which is an export
-        return algorithm
-    return "sft" if step == "sft" else algorithm
+    known = client.get_run(run_id).data.tags
+    if f"glmflow.run.{algorithm}" not in known:  # the run ended before
+        return "sft"
+    return "sft" if target == known.get("glmflow.run.sft") else algorithm
 
 
 def up_to(metrics: dict[str, float], who: str) -> dict[str, float]:

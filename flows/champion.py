@@ -125,6 +125,38 @@ def history(client: "MlflowClient", name: str) -> list[Move]:
     return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(EVENT)]
 
 
+@dataclass(frozen=True)
+class Version:
+    """A registered version, and what the gate and people said of it."""
+
+    number: str
+    aliases: list[str]
+    registered: str
+    gate: str  # passed, refused, awaiting approval; empty: it was not asked
+    why: str  # it was refused or promoted
+
+
+def versions(params: Params) -> list[Version]:
+    """The versions of the model that params.yaml names, the newest first; none if it has not been registered."""
+    client, _ = open_store(params.tracking.experiment)
+    name = params.promote.model_name
+    if not client.search_registered_models(f"name = '{name}'"):
+        return []
+    aliases: dict[str, list[str]] = {}
+    for alias, number in client.get_registered_model(name).aliases.items():
+        aliases.setdefault(str(number), []).append(alias)
+    return [
+        Version(
+            str(version.version),
+            aliases.get(str(version.version), []),
+            datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
+            version.tags.get("gate.decision", ""),
+            version.tags.get("gate.refused_by") or version.tags.get("promoted.reason", ""),
+        )
+        for version in sorted(client.search_model_versions(f"name = '{name}'"), key=lambda one: -int(one.version))
+    ]
+
+
 def moves(params: Params) -> list[Move]:
     """The moves of the model that params.yaml names.
 

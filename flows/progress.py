@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from glm.files import write_text
+from glm.files import write_json, write_text
 
 # Seconds of each stage of the embedded default on two cores, for the first run; later ones know better.
 FIRST_GUESS = {
@@ -34,6 +34,9 @@ LOOKS = {  # mark and style of each state
     "failed": ("✗", "bold red"),
     "stopped": ("✗", "yellow"),
 }
+
+
+BOARD_FILE = "GLMFLOW_BOARD"  # environment variable: where a run keeps its board, for whoever watches from outside
 
 
 def progress_file(root: Path) -> Path:
@@ -66,13 +69,14 @@ class Step:
 
 
 class Board:
-    """The state of a run's steps: drawn live on a terminal, else told in a line a change."""
+    """The state of a run's steps: drawn live on a terminal, else told in a line a change; and kept in BOARD_FILE."""
 
     def __init__(self, names: Sequence[str], root: Path, unchanged: Sequence[str]) -> None:
         """Expects each step of `names` to take as long as it last did in `root`; the unchanged ones, no time."""
         self.file = progress_file(root)
         self.steps = [Step(name, 0.0 if name in unchanged else last_seconds(name, root)) for name in names]
         self.started = time.monotonic()
+        self.parent_run: str | None = None  # in MLflow
         self.console = Console()
 
     def shown(self) -> AbstractContextManager[object]:
@@ -135,6 +139,22 @@ class Board:
     def _say(self, line: str) -> None:
         if not self.console.is_terminal:
             print(line, flush=True)
+        if path := os.environ.get(BOARD_FILE):
+            steps = [asdict(step) for step in self.steps]
+            state = {"file": str(self.file), "started": self.started, "parent_run": self.parent_run, "steps": steps}
+            write_json(path, state)
+
+
+def read_board(path: Path) -> Board | None:
+    """The board of a run of this machine as its BOARD_FILE has it; None before its first step."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    board = Board([], Path(), [])
+    board.steps = [Step(**step) for step in state["steps"]]
+    board.file, board.started, board.parent_run = Path(state["file"]), state["started"], state["parent_run"]
+    return board
 
 
 def last_seconds(step: str, root: Path) -> float:

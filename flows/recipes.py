@@ -18,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from glm.config import Params, Section
 from glm.errors import InputError
-from tasks import STEPS
+from tasks import steps_to
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,8 @@ def read_recipe(path: str | Path) -> Recipe:
     if "variants" in values:
         raise InputError(f"{path}: compares variants: `glmflow compare {path}` runs it")
     until = values.pop("until", None)
-    check_until(until)
+    steps_to(until)
     return Recipe(dotted(values), until)
-
-
-def check_until(until: str | None) -> None:
-    """Raise an InputError unless it is a step of the pipeline, or None."""
-    if until not in (None, *STEPS):
-        raise InputError(f"until: {until!r} is no step of the pipeline; it has {', '.join(STEPS)}")
 
 
 def dotted(values: Mapping[str, Any], section: type[Section] = Params, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 from rich.console import Console
@@ -17,6 +17,9 @@ from flows.progress import Step, clock
 from glm.config import load_params
 from glm.data.check import summary as summary_of_data
 from glm.evaluation.curves import draw_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS = {  # of metrics/evaluate.json: name, title, digits
     "loss": ("loss (held out)", 3),
@@ -37,21 +40,21 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 def collect(root: Path, steps: list[Step], parent_run: str | None, version: str | None) -> dict[str, Any]:
     """Read a finished run's metrics, samples and run records, as plain values.
 
-    `version` is the registered one, None for a run that ended before. One that ended before the policy was measured
-    tells what is known of base and SFT.
+    A run that ended before `evaluate` has the results of `evaluate_sft`, or none. `version` None: nothing registered.
     """
     params = load_params(root / "params.yaml")
-    end = "evaluate" if "evaluate" in [step.name for step in steps] else "evaluate_sft"
-    policy = {params.algorithm: params.algorithm.upper()} if end == "evaluate" else {}
-    samples = root / "reports" / end / "samples.json"
+    names = [step.name for step in steps]
+    measured = next((name for name in ("evaluate", "evaluate_sft") if name in names), "")
+    policy = {params.algorithm: params.algorithm.upper()} if measured == "evaluate" else {}
+    samples = root / "reports" / measured / "samples.json"
     return {
-        "models": {"base": "base", "sft": "SFT", **policy},
+        "models": {"base": "base", "sft": "SFT", **policy} if measured else {},
         "steps": [
             {"name": step.name, "state": step.state, "seconds": step.seconds}
             | {key: value for key, value in read_json(root / "runs" / f"{step.name}.json").items() if key != "seconds"}
             for step in steps
         ],
-        "metrics": read_json(root / "metrics" / f"{end}.json"),
+        "metrics": read_json(root / "metrics" / f"{measured}.json") if measured else {},
         "samples": json.loads(samples.read_text(encoding="utf-8"))[:SAMPLES] if samples.exists() else [],
         "parent_run": parent_run,
         "version": version,
@@ -97,13 +100,14 @@ def sample_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print a run's end: results, times, samples, and the lines to type next."""
-    results = Table(title="Before and after, on the test split", title_justify="left")
-    results.add_column()
-    for title in summary["models"].values():
-        results.add_column(title, justify="right")
-    for row in result_rows(summary):
-        results.add_row(*row)
-    console.print(results)
+    if summary["models"]:
+        results = Table(title="Before and after, on the test split", title_justify="left")
+        results.add_column()
+        for title in summary["models"].values():
+            results.add_column(title, justify="right")
+        for row in result_rows(summary):
+            results.add_row(*row)
+        console.print(results)
     if "reward.accuracy" in summary["metrics"]:
         accuracy = summary["metrics"]["reward.accuracy"]
         console.print(f"The reward model prefers the better answer in {accuracy:.1%} of the test pairs.\n")
@@ -115,12 +119,13 @@ def show(summary: dict[str, Any], console: Console) -> None:
         times.add_row(*row)
     console.print(times)
 
-    samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
-    for title in ["prompt", *summary["models"].values()]:
-        samples.add_column(title, ratio=1, overflow="fold")
-    for row in sample_rows(summary):
-        samples.add_row(*map(Text, row))  # a model may write [bold]
-    console.print(samples)
+    if summary["models"]:
+        samples = Table(title="The same prompts, answered by", title_justify="left", show_lines=True)
+        for title in ["prompt", *summary["models"].values()]:
+            samples.add_column(title, ratio=1, overflow="fold")
+        for row in sample_rows(summary):
+            samples.add_row(*map(Text, row))  # a model may write [bold]
+        console.print(samples)
 
     console.print("\n".join(next_lines(summary)), highlight=False, markup=False)
 
@@ -128,11 +133,18 @@ def show(summary: dict[str, Any], console: Console) -> None:
 def next_lines(summary: dict[str, Any]) -> list[str]:
     """What a person can do now."""
     kept = f"dvc exp apply {summary['experiment']}" if "experiment" in summary else ""
+    taken = "bring this run's parameters and models into the checkout"
+    run = summary["parent_run"] if "experiment" in summary else "models/sft"
+    if summary["registered"]:
+        talk = {"make chat": "talk to the result"}
+    else:  # it ended before, and DVC complains of what its later steps did not make
+        talk = {f"glmflow chat {run}": "talk to it", f"glmflow export {run} out": "a folder of it"} if run else {}
+        taken += "; complains of the steps that did not run"
     lines = {
         ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",
         "make ui": "all runs in MLflow: curves, parameters, models",
-        kept: "bring this run's parameters and models into the checkout",
-        "make chat" if summary["registered"] else "glmflow chat models/sft": "talk to the result",
+        **talk,
+        kept: taken,
         "dvc repro": "bring everything up to date after an edit",
         "dvc exp show": "compare runs",
         "make deploy": "schedules and runs from a web page",
@@ -199,8 +211,13 @@ def curves_url(path: Path) -> str:
             int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
             for row in csv.DictReader(file)
         }
+    return picture_url(draw_curves(points, path.stem))
+
+
+def picture_url(figure: "Figure") -> str:
+    """A figure as a picture that is its own address."""
     picture = io.BytesIO()
-    draw_curves(points, path.stem).savefig(picture, format="png")
+    figure.savefig(picture, format="png")
     return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 

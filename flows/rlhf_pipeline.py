@@ -3,6 +3,7 @@
     python -m flows.rlhf_pipeline                                   in the checkout, as `make run` does
     python -m flows.rlhf_pipeline -S ppo.learning_rate=2e-5         in a workspace of its own, kept as a DVC experiment
     python -m flows.rlhf_pipeline recipes/ads_generation.yaml       the same with the overrides and the end of a recipe
+    python -m flows.rlhf_pipeline --until evaluate_sft              the first steps only; nothing is registered
     python -m flows.rlhf_pipeline --serve --cron "0 3 * * 0"        wait for runs here, and start one by this schedule
     prefect deployment run rlhf-pipeline/default -p overrides='{"ppo.learning_rate": 2e-5}'      after `make deploy`
 
@@ -36,13 +37,13 @@ from flows.errors import RefusedError
 from flows.interrupt import stop_if_asked
 from flows.notify import notify
 from flows.progress import Board
-from flows.recipes import Recipe, check_until, read_recipe
+from flows.recipes import Recipe, read_recipe
 from flows.run_page import write_page
 from flows.terminal import exit_status, in_terminal
 from flows.workspace import parse_overrides, uncommitted, workspace
 from glm.config import load_params
 from glm.errors import InputError
-from tasks import programs
+from tasks import programs, steps_to
 from tasks.inputs import check_inputs
 
 HOUR = 3600.0
@@ -118,29 +119,22 @@ def rlhf_pipeline(overrides: dict[str, Any] | None = None, until: str | None = N
         The summary that `flows.report` shows.
     """
     overrides = overrides or {}
+    steps = steps_to(until)
     load_params(ROOT / "params.yaml", overrides)  # wrong ones are refused before anything is fetched
-    check_until(until)
     if not overrides and deployment.id is None:
         check(ROOT, until=until)
         return run_stages(ROOT, flow_run.name, until=until)
     if files := uncommitted():
         get_run_logger().warning("This run uses the last commit, without the changes in %s", ", ".join(files))
-    with workspace(flow_run.name, overrides, steps_to(until) if until else ()) as root:
+    with workspace(flow_run.name, overrides, steps if until else ()) as root:
         check(root, until=until)
         return run_stages(root, flow_run.name, until=until) | {"experiment": flow_run.name}
 
 
 def check(root: Path, overrides: Mapping[str, Any] | None = None, until: str | None = None) -> None:
     """Raise an InputError if the parameters in `root`, or the data and model that they name, are not right."""
-    check_until(until)
     with chdir(root):
         check_inputs(load_params("params.yaml", dict(overrides or {})), steps_to(until))
-
-
-def steps_to(until: str | None) -> list[str]:
-    """The steps up to `until`, and all of them without it."""
-    steps = list(STAGES)
-    return steps[: steps.index(until) + 1] if until else steps
 
 
 def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | None = None) -> dict[str, Any]:
@@ -155,7 +149,9 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | Non
     version = None
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(steps, root, board, keys, parent_run, done)
-        if not until:
+        if until:
+            record_run(root, parent_run)
+        else:
             with board.running("register") as line:
                 version = register_result(str(root), parent_run, ours)
                 line.state = "ran"
@@ -192,6 +188,7 @@ def run_steps(
 
     `keys` are those of the first stages, which are up to date (`run_cache_keys`).
     """
+    board.parent_run = parent_run
     for step, name in zip(steps, programs(load_params(root / "params.yaml").algorithm, steps), strict=True):
         run = stage.with_options(name=name, task_run_name=name, retries=STAGES[step].retries)
         with board.running(name) as line:
@@ -217,6 +214,14 @@ def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ())
         version = register("models/export", report.read_json(Path("runs/export.json"))["run_id"], params)
         keep_record(params, version, parent_run, ours)
     return version
+
+
+def record_run(root: Path, parent_run: str | None) -> None:
+    """Record what a run was made from whose result is not registered."""
+    from tasks.record import keep_run_record
+
+    with chdir(root):
+        keep_run_record(load_params("params.yaml"), parent_run)
 
 
 @contextmanager
@@ -249,7 +254,7 @@ def mlflow_parent(
             finish_parent_run(run_id, status, done, reports)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 a stage failed, 2 wrong input, 130 stopped."""
     parser = argparse.ArgumentParser(prog="python -m flows.rlhf_pipeline", description="Run the pipeline.")
     parser.add_argument("recipe", nargs="?", help="YAML file with sections of params.yaml; -S comes after it")
@@ -260,7 +265,7 @@ def main() -> int:
     parser.add_argument("--until", metavar="STEP", help="the last step, such as evaluate_sft; registers nothing")
     parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
     parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     stopped = "Stopped. Nothing is left running; the next run goes on from the last finished step."
     return exit_status(lambda: run_command(arguments), stopped)
 

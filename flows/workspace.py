@@ -24,7 +24,7 @@ from typing import Any
 
 from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows import ROOT, guard
 from flows.dvc_repair import drop_corrupted
@@ -63,6 +63,8 @@ def parse_value(name: str, text: str) -> Any:
         value = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         raise InputError(f"{name}: {text!r} is not a YAML value: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise InputError(f"{name}: {text!r} is not a YAML value: {str(error).splitlines()[0]}") from None
     if isinstance(value, str):
         try:
             return float(value)
@@ -156,7 +158,14 @@ def lock_of(experiment: str) -> str:
 
 
 def share_cache(root: Path) -> None:
-    """Let DVC in the worktree use the checkout's cache, and its local settings (remotes and their passwords)."""
+    """Let DVC in the worktree use the checkout's cache, and its local settings (remotes and their passwords).
+
+    The checkpoints are those of the checkout too, so that a stopped step goes on in the next workspace.
+    """
+    checkpoints = ROOT / ".cache" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (root / ".cache").mkdir(exist_ok=True)
+    (root / ".cache" / "checkpoints").symlink_to(checkpoints)
     local = ROOT / ".dvc" / "config.local"
     if local.exists():
         shutil.copy(local, root / ".dvc" / "config.local")

@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from glm.errors import InputError
 from glm.sections.data import Data
+from glm.sections.launch import Launch, Strategy
 from glm.sections.model import EMBEDDED, HUB_ID, EmbeddedModel, Model, Quantization
 from glm.sections.policy import (
     Algorithm,
@@ -50,6 +51,7 @@ __all__ = [
     "Grouped",
     "Grpo",
     "Kto",
+    "Launch",
     "Method",
     "MetricGate",
     "Model",
@@ -68,6 +70,7 @@ __all__ = [
     "Rrhf",
     "Section",
     "Sft",
+    "Strategy",
     "Tracking",
     "Training",
     "Tuned",
@@ -81,6 +84,7 @@ class Params(Section):
 
     seed: int = Field(42, ge=0, le=2**32 - 1, description="of training and sampling; data and base keep their own")
     algorithm: Algorithm = Field("ppo", description="what the policy step improves the SFT model by")
+    launch: Launch = Launch()
     model: Model = Model()
     data: Data = Data()
     sft: Sft = Sft()
@@ -151,6 +155,31 @@ class Params(Section):
     def trl_trains_a_lora(self) -> Self:
         if self.algorithm in ("kto", "grpo", "rloo") and self.sft.method != "lora":
             raise ValueError(f"algorithm {self.algorithm} trains the LoRA of SFT, but sft.method is {self.sft.method}")
+        return self
+
+    @model_validator(mode="after")
+    def processes_can_share(self) -> Self:
+        """Refuse what several processes cannot do together."""
+        number, algorithm = self.launch.num_processes, self.algorithm
+        if number == 1:
+            return self
+        if algorithm in ("kto", "grpo", "rloo"):
+            raise ValueError(
+                f"launch.num_processes {number}: algorithm {algorithm} is TRL's, whose processes draw batches of their "
+                "own, so that a result would depend on their number: choose ppo, dpo, rrhf or raft, or num_processes 1"
+            )
+        shared = "mini_batch_size" if algorithm == "ppo" else "batch_size"
+        size = getattr(getattr(self, algorithm), shared)
+        if size < number:
+            raise ValueError(f"launch.num_processes {number} is more than the {size} of {algorithm}.{shared}")
+        for stage in ("sft", "reward"):
+            section = getattr(self, stage)
+            if self.launch.strategy == "ddp" or section.method != "full" or section.optim == "adamw_torch_fused":
+                continue
+            raise ValueError(
+                f"launch.strategy {self.launch.strategy} shares moments out over processes, which {stage}.optim "
+                f"{section.optim} cannot: choose adamw_torch_fused"
+            )
         return self
 
 

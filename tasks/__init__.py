@@ -5,6 +5,8 @@ A step is a program, `python -m tasks.<step>`; `dvc.yaml` says what it reads and
 
 from collections.abc import Sequence
 
+from glm.errors import InputError
+
 # In the order they run.
 STEPS = (
     "fetch",
@@ -26,3 +28,14 @@ def programs(algorithm: str, steps: Sequence[str] = STEPS) -> tuple[str, ...]:
     It has the step's name, but for the step `policy`, whose program is the `algorithm` of params.yaml.
     """
     return tuple(algorithm if step == "policy" else step for step in steps)
+
+
+def steps_to(until: str | None) -> list[str]:
+    """The steps up to `until`, and all of them without it.
+
+    Raises:
+        InputError: there is no such step.
+    """
+    if until not in (None, *STEPS):
+        raise InputError(f"until: {until!r} is no step of the pipeline; it has {', '.join(STEPS)}")
+    return list(STEPS[: STEPS.index(until) + 1] if until else STEPS)

@@ -14,4 +14,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("dpo", run)
+    main("dpo", run, shared=True)

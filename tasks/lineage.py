@@ -149,6 +149,7 @@ def machine_tags() -> dict[str, str]:
         "machine.host": platform.node(),
         "machine.cpu": f"{_cpu_name()} x {os.cpu_count()}",
         "machine.threads": str(thread_number()),
+        "machine.processes": os.environ.get("WORLD_SIZE", "1"),
         "machine.memory_gb": f"{psutil.virtual_memory().total / 1e9:.1f}",
         "machine.python": platform.python_version(),
     }

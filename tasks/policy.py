@@ -71,6 +71,8 @@ def improve(
         show=lambda step, judged: show(stage, tokenizer, dev_prompts, step, judged),
         checkpoints=checkpoints,
     )
+    if stage.follows:
+        return numbers
     actors.finish()
     folder = f"models/{params.algorithm}"
     save_trained(actors.model, method, folder, below, name="policy", weights=actors.policy, tokenizer=tokenizer)

@@ -15,4 +15,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("ppo", run)
+    main("ppo", run, shared=True)

@@ -15,4 +15,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("raft", run)
+    main("raft", run, shared=True)

@@ -193,6 +193,17 @@ def keep_record(params: Params, version: str, run_id: str | None, ours: Sequence
         return None
 
 
+def keep_run_record(params: Params, run_id: str | None) -> None:
+    """Record the run in the current folder that ended before anything was registered; a store that fails is told."""
+    if run_id is None:
+        return
+    try:
+        client, _ = open_store(params.tracking.experiment)
+        write_record(client, run_id, params)
+    except Exception as error:  # whatever a store, a driver or a network may raise
+        warn(store_uri(), f"the run {run_id} has no lineage: {error}")
+
+
 def attach(client: "MlflowClient", name: str, version: str, run_id: str, record: dict[str, Any]) -> None:
     """Let a registered version point to the run that holds its record.
 

@@ -19,6 +19,8 @@ def run(stage: Stage) -> dict[str, float]:
     beneath = above("models/sft") if params.reward.init == "sft" else foundation(params)
     below, start = beneath.starting(params.reward.method, resume=params.reward.resume_lora_training)
     trained = reward_training.train(stage, below, start=start, seed=params.seed)
+    if stage.follows:
+        return trained.numbers
     test, size = trained.examples["test"], params.reward.per_device_eval_batch_size
     scores = reward.scores_of_examples(trained.model, trained.tokenizer, test, size)
     sizes = [len(example["sequences"]) for example in test]
@@ -39,4 +41,4 @@ def answer_lengths(sequences: list[list[int]]) -> list[int]:
 
 
 if __name__ == "__main__":
-    main("reward", run)
+    main("reward", run, shared=True)

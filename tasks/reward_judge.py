@@ -16,6 +16,8 @@ def run(stage: Stage) -> dict[str, float]:
     params = stage.params
     below, _ = foundation(params).starting(params.reward.method, resume=False)
     trained = reward_training.train(stage, below, start=None, seed=params.seed + 1)
+    if stage.follows:
+        return trained.numbers
     size = params.reward.per_device_eval_batch_size
     held_out = reward.evaluate(trained.model, trained.tokenizer, trained.examples["test"], size)
     reward_training.save(stage, trained, "models/reward_judge")
@@ -24,4 +26,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("reward_judge", run)
+    main("reward_judge", run, shared=True)

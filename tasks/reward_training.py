@@ -51,6 +51,7 @@ def train(stage: Stage, below: "Lineage", *, start: Path | None, seed: int) -> T
         shape=params.sft,
         start=start,
         checkpoints=checkpoints,
+        strategy=params.launch.strategy,
         seed=seed,
         log=stage.log,
         log_speed=stage.log_speed,

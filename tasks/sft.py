@@ -27,11 +27,14 @@ def run(stage: Stage) -> dict[str, float]:
         params.sft,
         start=start,
         checkpoints=checkpoints,
+        strategy=params.launch.strategy,
         seed=params.seed,
         log=stage.log,
         log_speed=stage.log_speed,
         progress=stage.progress,
     )
+    if stage.follows:
+        return numbers
     save_trained(tuned, params.sft.method, "models/sft", below, tokenizer=tokenizer)
     stage.log_adapter("models/sft")
     checkpoints.clear()
@@ -39,4 +42,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("sft", run)
+    main("sft", run, shared=True)

@@ -34,6 +34,7 @@ from glm.config import Params, load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
 from tasks import STEPS, programs
+from tasks.launch import Silence, first, follow_launcher, launch, launched, let_the_first_speak
 from tasks.lineage import (
     StageEntry,
     content_hash,
@@ -64,7 +65,7 @@ class Stopped(BaseException):
 class Stage:
     """What `run` gets: the parameters, and where to put points, progress, datasets, models and figures."""
 
-    def __init__(self, name: str, params: Params, tracker: StepRun, fingerprint: str) -> None:
+    def __init__(self, name: str, params: Params, tracker: StepRun | Silence, fingerprint: str) -> None:
         self.name = name
         self.params = params
         self.tracker = tracker
@@ -73,6 +74,11 @@ class Stage:
         self.speeds: dict[str, list[float]] = {}
         self._times: list[tuple[int, float]] = []  # when the first and the last step were logged
         self._progress = Progress(name)
+
+    @property
+    def follows(self) -> bool:
+        """Whether this is one of several processes and not the first, which alone writes what has been trained."""
+        return not first()
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -170,8 +176,9 @@ class Progress:
         from tqdm import tqdm
 
         self.name = name
-        self.path = os.environ.get(PROGRESS_FILE)
-        self.bar = tqdm(desc=name, disable=bool(self.path) or not sys.stderr.isatty(), mininterval=PROGRESS_SECONDS)
+        self.path = os.environ.get(PROGRESS_FILE) if first() else None
+        shown = first() and not self.path and sys.stderr.isatty()
+        self.bar = tqdm(desc=name, disable=not shown, mininterval=PROGRESS_SECONDS)
         self.next_write = 0.0
         self.show(0, 0, "loading")
 
@@ -188,21 +195,27 @@ class Progress:
         self.bar.close()
 
 
-def main(program: str, run: Run, uses_torch: bool = True) -> None:
+def main(program: str, run: Run, uses_torch: bool = True, *, shared: bool = False) -> None:
     """Run one stage in this process and exit. A stage without torch says so and starts two seconds earlier.
 
-    `program` is the caller's own name, tasks/<program>.py: that of its step, or an algorithm.
+    `program` is the caller's own name, tasks/<program>.py: that of its step, or an algorithm. A `shared` stage runs in
+    launch.num_processes processes: if more than one is wanted, this one starts them and waits.
     """
     fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
         logging.basicConfig(format="%(message)s")
-        logging.getLogger("glm").setLevel(logging.INFO)  # what the library chose, a line a choice
+        logging.getLogger("glm").setLevel(logging.INFO if first() else logging.ERROR)  # what the library chose
         params = load_params()
         entry = stage_entry(step_of(program, params), params.algorithm)
+        if shared and params.launch.num_processes > 1 and not launched():
+            sys.exit(launch(params.launch, sys.orig_argv[1:], program))
         seed_everything(params.seed, uses_torch)
+        if shared and launched():
+            join_processes()
         run_stage(program, run, params, entry)
     except InputError as error:
+        let_the_first_speak()
         print(error, file=sys.stderr)
         sys.exit(2)
     except Stopped:
@@ -210,6 +223,7 @@ def main(program: str, run: Run, uses_torch: bool = True) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception:
+        let_the_first_speak()
         traceback.print_exc()
         sys.exit(1)
 
@@ -234,10 +248,13 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     started = time.monotonic()
     hashes = {f"dvc.in.{path}": digest for path, digest in input_hashes(entry).items()}
     experiment = {"glmflow.dvc_exp_name": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
-    tags = {"glmflow.step": step} | git_tags() | lock_tags() | machine_tags() | experiment | hashes
     used = stage_params(params, entry)
-    tracker = StepRun(step, params, used, tags)
     fingerprint = hashlib.sha256(json.dumps([hashes, used], sort_keys=True).encode()).hexdigest()[:16]
+    if not first():
+        run(Stage(step, params, Silence(), fingerprint))
+        return
+    tags = {"glmflow.step": step} | git_tags() | lock_tags() | machine_tags() | experiment | hashes
+    tracker = StepRun(step, params, used, tags)
     stage = Stage(step, params, tracker, fingerprint)
     names = programs(params.algorithm)
     done = names[: names.index(step)]
@@ -245,6 +262,7 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
         metrics = {name: _number(value) for name, value in run(stage).items()}
         _write_outputs(stage, entry, metrics)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is being closed
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         tracker.finish(status, {"error": f"{type(error).__name__}: {error}"[:5000]})
         tracker.update_parent(status, done)
@@ -261,7 +279,7 @@ def run_stage(step: str, run: Run, params: Params, entry: StageEntry) -> None:
     outs = {f"dvc.out.{path}": content_hash(path) for path in _made_by_run(entry)}
     run_id = tracker.finish("FINISHED", outs)
     if f"runs/{step}.json" in entry.outs:
-        write_json(f"runs/{step}.json", _run_record(stage, run_id, time.monotonic() - started))
+        write_json(f"runs/{step}.json", _run_record(stage, tracker, run_id, time.monotonic() - started))
     tracker.update_parent("FINISHED", [*done, step])
 
 
@@ -283,6 +301,14 @@ def fix_environment() -> None:
     if missing:
         os.environ.update(missing)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def join_processes() -> None:
+    """Take this process's place among those that the launcher has started."""
+    from glm.training import distributed
+
+    follow_launcher()
+    distributed.join()
 
 
 def seed_everything(seed: int, uses_torch: bool) -> None:
@@ -325,12 +351,12 @@ def _table(points: dict[int, dict[str, float]]) -> str:
     return text.getvalue()
 
 
-def _run_record(stage: Stage, run_id: str | None, seconds: float) -> dict[str, Any]:
+def _run_record(stage: Stage, tracker: StepRun, run_id: str | None, seconds: float) -> dict[str, Any]:
     """What differs between two equal runs: who made the output, when and how fast."""
-    tags = stage.tracker.tags
+    tags = tracker.tags
     return {
         "run_id": run_id,
-        "experiment_id": stage.tracker.experiment_id,
+        "experiment_id": tracker.experiment_id,
         "seconds": round(seconds, 3),
         "seconds_per_step": stage.seconds_per_step,
         "steps": max(stage.points, default=0),

@@ -1,6 +1,6 @@
-"""What people think of answers, as rows that training takes: data/feedback/labels.jsonl and pairs.jsonl.
+"""What people think of answers, as rows that training takes: data/feedback/labels.jsonl, pairs.jsonl, rankings.jsonl.
 
-The folder is the dataset `feedback` of data/dataset_info.json, for data.kto (labels) and data.reward (pairs).
+The folder is the dataset `feedback` of data/dataset_info.json, for data.kto (labels) and data.reward (the others).
 """
 
 import fcntl
@@ -50,6 +50,11 @@ class FeedbackStore:
         if feedback.label is not None:
             name = "labels.jsonl"
             row |= {"completion": self._text(known, feedback.index), "label": feedback.label}
+        elif feedback.ranking is not None:
+            name = "rankings.jsonl"
+            row["completion"] = [self._text(known, index) for index in feedback.ranking]
+            if len(set(row["completion"])) < len(row["completion"]):
+                raise InputError("ranking: two of its answers are the same text: leave one out")
         else:
             name = "pairs.jsonl"
             if feedback.better is not None:

@@ -117,19 +117,22 @@ class CompletionRequest(Sampling):
 
 
 class Feedback(Body):
-    """A thumb (`label`), the better one of two answers (`chosen`, `rejected`: choice numbers), or a better text."""
+    """One of: a thumb (`label`), the better of two answers (`chosen`, `rejected`), a `ranking`, a `better` text."""
 
     id: Name = Field(description="of the answer, as the server gave it")
     index: int = Field(0, ge=0, le=1000, description="of the choice that `label` or `better` is about")
     label: bool | None = Field(None, description="true: good, false: bad")
-    chosen: int | None = Field(None, ge=0, le=1000)
+    chosen: int | None = Field(None, ge=0, le=1000, description="number of a choice")
     rejected: int | None = Field(None, ge=0, le=1000)
+    ranking: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=2, max_length=100)] | None = Field(
+        None, description="numbers of choices, the best first"
+    )
     better: Text | None = Field(None, description="what the answer should have been")
     comment: Annotated[str, StringConstraints(max_length=10_000)] = ""
 
     @model_validator(mode="after")
     def one_kind(self) -> Self:
         pair = (self.chosen is None) + (self.rejected is None)
-        if pair == 1 or (pair == 2) + (self.label is None) + (self.better is None) != 2:
-            raise ValueError("give one of: label; chosen and rejected; better")
+        if pair == 1 or (pair == 2) + (self.label is None) + (self.better is None) + (self.ranking is None) != 3:
+            raise ValueError("give one of: label; chosen and rejected; ranking; better")
         return self

@@ -43,3 +43,18 @@ def draw_curves(points: Mapping[int, Mapping[str, float]], title: str) -> "Figur
         if position == 1:
             panel.legend()
     return figure
+
+
+def draw_together(curves: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
+    """One panel with the same curve of several runs, by their names: {run: {step: value}}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
+    panel = figure.add_subplot(title=title, xlabel="step")
+    for name, values in curves.items():
+        steps = sorted(values)
+        (line,) = panel.plot(steps, [values[step] for step in steps], alpha=0.25)
+        panel.plot(steps, smooth([values[step] for step in steps]), color=line.get_color(), label=name)
+    if curves:
+        panel.legend()
+    return figure

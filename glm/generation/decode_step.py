@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
+from glm.models.glm_linears import active_loras, base_of, is_plain, linears_of
 from glm.models.prefix import prefix_of
 
 
@@ -162,18 +163,10 @@ def supports(model: nn.Module) -> bool:
     """Whether `gather_weights` can take this causal LM apart: transformers' Glm in one dtype, bare or under LoRA."""
     if type(model) is not GlmForCausalLM or prefix_of(model) is not None:
         return False
-    linears = [linear for layer in model.model.layers for linear in _linears(layer)]
+    linears = [linear for layer in model.model.layers for linear in linears_of(layer)]
     if len({parameter.dtype for name, parameter in model.named_parameters() if ".lora_" not in name}) > 1:
         return False
-    return type(model.lm_head) is nn.Linear and all(
-        type(linear) is nn.Linear
-        or (
-            type(linear) is lora.Linear
-            and type(linear.base_layer) is nn.Linear
-            and not (linear.merged or linear.lora_variant or any(linear.lora_bias.values()))
-        )
-        for linear in linears
-    )
+    return type(model.lm_head) is nn.Linear and all(map(is_plain, linears))
 
 
 @torch.no_grad()
@@ -181,9 +174,9 @@ def gather_weights(model: GlmForCausalLM) -> Weights:
     """The tensors of `model`, without rotary tables. Only q, k, v and the LoRA matrices are copies."""
     blocks = []
     for layer in model.model.layers:
-        q, k, v, out, gate_up, down = _linears(layer)
-        fused = torch.cat([_base(linear).weight for linear in (q, k, v)])
-        biases = [_base(linear).bias for linear in (q, k, v)]
+        q, k, v, out, gate_up, down = linears_of(layer)
+        fused = torch.cat([base_of(linear).weight for linear in (q, k, v)])
+        biases = [base_of(linear).bias for linear in (q, k, v)]
         bias = None if biases[0] is None else torch.cat(biases)
         qkv = Projection(fused, bias, None, None)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
@@ -206,11 +199,11 @@ def with_rotary_tables(weights: Weights, model: GlmForCausalLM, length: int) -> 
 def follow_adapter(weights: Weights, model: GlmForCausalLM) -> None:
     """Bring the copies up to date with the adapter that is active now, or none. The model's tensors stay untouched."""
     for layer, block in zip(model.model.layers, weights.blocks, strict=True):
-        q, k, v, *others = _linears(layer)
-        sizes = [_base(linear).out_features for linear in (q, k, v)]
+        q, k, v, *others = linears_of(layer)
+        sizes = [base_of(linear).out_features for linear in (q, k, v)]
         for linear, rows in zip((q, k, v), block.qkv.weight.split(sizes), strict=True):
             name = _active(linear)
-            weight = _base(linear).weight
+            weight = base_of(linear).weight
             rows.copy_(weight if name is None else weight + linear.get_delta_weight(name))
         for linear, projection in zip(others, (block.out, block.gate_up, block.down), strict=True):
             if projection.down is None or projection.up is None:
@@ -237,25 +230,9 @@ def _project(inputs: Tensor, projection: Projection) -> Tensor:
     return out + F.linear(F.linear(inputs, projection.down), projection.up)
 
 
-def _linears(layer: nn.Module) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_up_proj,
-        mlp.down_proj,
-    ]
-
-
-def _base(linear: nn.Module) -> nn.Linear:
-    return linear.base_layer if isinstance(linear, lora.Linear) else linear
-
-
 def _beside(linear: nn.Module) -> Projection:
     """The projection of a linear, with room for the largest of its LoRAs."""
-    base = _base(linear)
+    base = base_of(linear)
     if not isinstance(linear, lora.Linear):
         return Projection(base.weight, base.bias, None, None)
     rank = max(linear.r.values())
@@ -265,9 +242,7 @@ def _beside(linear: nn.Module) -> Projection:
 
 def _active(linear: nn.Module) -> str | None:
     """The name of the LoRA that a forward pass would use here."""
-    if not isinstance(linear, lora.Linear) or linear.disable_adapters:
-        return None
-    names = [name for name in linear.active_adapters if name in linear.lora_A]
+    names = active_loras(linear)
     if len(names) > 1:
         raise ValueError(f"several adapters are active: {names}; the decoder follows one")
     return names[0] if names else None

@@ -78,7 +78,7 @@ class Decoder:
         self.state.temperature.fill_(temperature if do_sample else 1.0)
         end, pad = end_id(tokenizer), tokenizer.pad_token_id
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found = [torch.zeros(len(prompts), max_new_tokens, dtype=part.dtype) for part in _written(self.state)]
+        found = [torch.zeros(len(prompts), max_new_tokens, dtype=part.dtype) for part in written(self.state)]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             parts = self._decode([prompts[index] for index in chosen], max_new_tokens, do_sample, end, pad)
@@ -98,8 +98,8 @@ class Decoder:
         """Tokens, log-probabilities, values of one batch, each [rows, max_new_tokens]; padded after the end."""
         size = self._graph_size(len(prompts))
         self._prefill(prompts, size, do_sample, end, pad)
-        state = _rows(self.state, size)
-        found = [part.new_zeros(len(prompts), max_new_tokens) for part in _written(state)]
+        state = first_rows(self.state, size)
+        found = [part.new_zeros(len(prompts), max_new_tokens) for part in written(state)]
         rows = torch.arange(len(prompts), device=self.model.device)  # which prompt stands in which row
         for count in range(1, max_new_tokens):
             if count % LOOK_EVERY == 0:
@@ -107,19 +107,19 @@ class Decoder:
                 if len(alive) == 0:
                     break
                 if self._graph_size(len(alive)) < size:
-                    _put(found, rows, state, max_new_tokens)
+                    put_rows(found, rows, state, max_new_tokens)
                     rows, size = rows[alive], self._graph_size(len(alive))
-                    _keep(state, alive)
-                    state = _rows(self.state, size)
+                    keep_rows(state, alive)
+                    state = first_rows(self.state, size)
             if do_sample:
-                state.noise.exponential_()
+                self._draw(state)
             self._advance(size, state, end, pad)
-        _put(found, rows, state, max_new_tokens)
+        put_rows(found, rows, state, max_new_tokens)
         return found[0], found[1], found[2]
 
     def _prefill(self, prompts: list[list[int]], size: int, do_sample: bool, end: int, pad: int) -> None:
         """Put the prompts into the cache by the library's own forward pass, and choose the first tokens."""
-        state = _rows(self.state, size)
+        state = first_rows(self.state, size)
         width = max(map(len, prompts))
         state.start.fill_(width - 1)
         state.start[: len(prompts)] = torch.tensor([width - len(p) for p in prompts], device=state.start.device)
@@ -142,8 +142,12 @@ class Decoder:
             del out
         state.column.fill_(width - 1)
         state.index.zero_()
-        state.noise.exponential_() if do_sample else state.noise.fill_(1.0)
+        self._draw(state) if do_sample else state.noise.fill_(1.0)
         decode_step.choose(self.weights, state, last, end, pad)
+
+    def _draw(self, state: State) -> None:
+        """New noise for every row."""
+        state.noise.exponential_()
 
     def _advance(self, size: int, state: State, end: int, pad: int) -> None:
         """One step of the first `size` rows, by the graph of that size where there is a GPU."""
@@ -156,7 +160,7 @@ class Decoder:
 
     def _capture(self, state: State, end: int, pad: int) -> torch.cuda.CUDAGraph:
         """Compile the step, run it as a warm-up asks, put the state back as it was, and record it."""
-        changing = [state.token, state.column, state.done, state.index, *_written(state)]
+        changing = [state.token, state.column, state.done, state.index, *written(state)]
         before = [part.clone() for part in changing]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -173,12 +177,7 @@ class Decoder:
 
     def _graph_size(self, rows: int) -> int:
         """Rows that a step is run with: as many as are alive, or the nearest halving of the batch that has a graph."""
-        if not self.on_gpu:
-            return rows
-        size = self.size[0]
-        while size // 2 >= max(rows, SMALLEST_GRAPH):
-            size //= 2
-        return size
+        return graph_size(rows, self.size[0]) if self.on_gpu else rows
 
     def reserve(self, rows: int, columns: int, new_tokens: int) -> None:
         """Make room for this many rows of prompt and answer. Ask for the most at first: a GPU's graphs are tied to it.
@@ -214,6 +213,13 @@ class Decoder:
         )
 
 
+def graph_size(rows: int, most: int) -> int:
+    """The nearest halving of `most` that has room for `rows`."""
+    while most // 2 >= max(rows, SMALLEST_GRAPH):
+        most //= 2
+    return most
+
+
 @contextmanager
 def _undetermined() -> Iterator[None]:
     """Without deterministic algorithms: each place is written once, and by them every write would be a sort."""
@@ -228,11 +234,11 @@ def _undetermined() -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
-def _written(state: State) -> tuple[Tensor, Tensor, Tensor]:
+def written(state: State) -> tuple[Tensor, Tensor, Tensor]:
     return state.tokens, state.logprobs, state.state_values
 
 
-def _rows(state: State, size: int) -> State:
+def first_rows(state: State, size: int) -> State:
     """Views of the first `size` rows."""
     return State(
         token=state.token[:size],
@@ -250,15 +256,15 @@ def _rows(state: State, size: int) -> State:
     )
 
 
-def _keep(state: State, alive: Tensor) -> None:
+def keep_rows(state: State, alive: Tensor) -> None:
     """Move the rows `alive` to the front; what they leave behind counts as ended."""
-    for part in (state.token, state.start, *_written(state), *state.keys, *state.values):
+    for part in (state.token, state.start, *written(state), *state.keys, *state.values):
         part[: len(alive)] = part[alive]
     state.done[:] = True
     state.done[: len(alive)] = False
 
 
-def _put(found: list[Tensor], rows: Tensor, state: State, new_tokens: int) -> None:
+def put_rows(found: list[Tensor], rows: Tensor, state: State, new_tokens: int) -> None:
     """Write what stands in the state's first rows into the rows of the results that they belong to."""
-    for whole, part in zip(found, _written(state), strict=True):
+    for whole, part in zip(found, written(state), strict=True):
         whole[rows] = part[: len(rows), :new_tokens]

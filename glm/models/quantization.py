@@ -11,6 +11,8 @@ It is registered with transformers as quantisation method "cpm", so that saving 
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +65,69 @@ def keep_bitsandbytes_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@torch.library.custom_op("glm::int8_product", mutates_args=())
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """bitsandbytes' int8 product of x [..., in] with a weight [out, in]; backward as there, but without keeping x.
+
+    bitsandbytes keeps the input outside of what checkpointing sees, so that it lives until the backward pass.
+    """
+    from bitsandbytes import MatmulLtState, matmul
+
+    state = MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights = weight, scale, threshold, False
+    return matmul(x, weight, bias=bias, state=state)
+
+
+@int8_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _int8_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    weight, scale = ctx.saved_tensors
+    return gradient @ (weight.to(gradient.dtype) * (scale / 127)[:, None].to(gradient.dtype)), None, None, None, None
+
+
+int8_product.register_autograd(_int8_backward, setup_context=_keep_weight)
+
+
+class LeanInt8(nn.Module):
+    """A frozen int8 linear of bitsandbytes that computes by `int8_product`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if linear.weight.CB is not None:
+            linear.init_8bit_state()
+        self.codes, self.scale, self.threshold = linear.state.CB, linear.state.SCB, linear.state.threshold
+        self.bias = None if linear.bias is None else linear.bias.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_product(
+            x, self.codes, self.scale, None if self.bias is None else self.bias.to(x.dtype), self.threshold
+        )
+
+
+@contextmanager
+def lean_int8(model: nn.Module) -> Iterator[None]:
+    """Inside, `LeanInt8` stand for the int8 linears of bitsandbytes that `model` has."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt"
+    }
+    for name, linear in linears.items():
+        model.set_submodule(name, LeanInt8(linear))
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
 
 
 def row_scales(weight: Tensor, bits: int) -> Tensor:

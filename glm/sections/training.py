@@ -23,8 +23,9 @@ class Tuned(Section):
 class Training(Tuned):
     """What SFT and reward model have in common; names and meanings are those of transformers' TrainingArguments.
 
-    An optimizer step holds per_device_train_batch_size x gradient_accumulation_steps examples, packed or not, and its
-    loss is the mean over all their label tokens (reward model: over the rankings). Only `tokens_per_step` changes that.
+    An optimizer step holds per_device_train_batch_size x gradient_accumulation_steps examples, packed or not and over
+    all processes, and its loss is the mean over all their label tokens (reward model: over the rankings). Only
+    `tokens_per_step` changes that.
     """
 
     learning_rate: float = Field(5e-5, gt=0, lt=1)
@@ -58,6 +59,11 @@ class Training(Tuned):
     )
     tokens_per_step: int | None = Field(
         None, ge=64, description="tokens of an optimizer step, in place of a number of examples; needs packing"
+    )
+    fused_layers: bool = Field(
+        True,
+        description="packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where "
+        "the loss looks",
     )
     torch_compile: bool | Literal["auto"] = Field(
         "auto", description="compile the decoder layers; auto: on a GPU, packed, if the run is long enough to gain"

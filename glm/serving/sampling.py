@@ -35,16 +35,15 @@ def choose(logits: Tensor, params: list[SamplingParams], draws: list[float]) -> 
     A row's token depends on its own logits, parameters and draw alone: the draw picks a place in the row's cumulative
     distribution. Log-probabilities are the model's own, before temperature and top_p.
     """
-    logits = logits.float()
     tokens = logits.argmax(-1)
     if any(row.temperature > 0 for row in params):
         sampled = _column([row.temperature > 0 for row in params], logits)[:, 0]
-        tokens = torch.where(sampled, _sample(logits, params, draws), tokens)
+        tokens = torch.where(sampled, _sample(logits.float(), params, draws), tokens)
     chosen = [Chosen(token) for token in tokens.tolist()]
     wanted = [index for index, row in enumerate(params) if row.logprobs is not None]
     if not wanted:
         return chosen
-    logprobs = logits[wanted].log_softmax(-1)
+    logprobs = logits[wanted].float().log_softmax(-1)
     of_chosen = logprobs.gather(-1, tokens[wanted][:, None])[:, 0].tolist()
     most = max(params[index].logprobs or 0 for index in wanted)
     values, ids = (part.tolist() for part in logprobs.topk(most))

@@ -21,7 +21,7 @@ from glm.data.collate import pad_ids
 from glm.generation import decode_step
 
 COLUMNS = 64  # on the CPU attention's width is a multiple of it
-GRAPH_COLUMNS = 512  # on a GPU the widths are this and its doublings, each with graphs of its own
+GRAPH_COLUMNS = 256  # on a GPU the widths are this and its doublings, each with graphs of its own
 PREFILL_TOKENS = 8192  # prompt tokens, padding counted, of one forward pass
 
 
@@ -174,7 +174,9 @@ class Slots:
         positions = torch.tensor(lengths, device=device)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
+        # Every number of rows and columns is a compiled form of its own: more of them than dynamo allows by default.
+        unlimited = torch._dynamo.config.patch(recompile_limit=64)
+        with torch.no_grad(), torch.cuda.stream(stream), unlimited:
             for _ in range(3):
                 self._advance(tokens, positions, width)
         torch.cuda.current_stream().wait_stream(stream)

@@ -25,10 +25,12 @@ from glm.data.collate import pad, pad_ids
 from glm.generation import decode_step
 from glm.generation.decode import generate
 from glm.generation.rollout import Decoder, Samples
+from glm.generation.shared_rollout import SharedDecoder
 from glm.models import lineage, methods
 from glm.models.adapters import causal_lm, half_precision, last_hidden, load_score
 from glm.models.chatglm1 import ChatGLMForCausalLM
 from glm.models.variants import Variants
+from glm.training.distributed import from_first, shared_rows, world_size
 
 FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
@@ -173,7 +175,7 @@ class Actors(nn.Module):
     def _decoder(self, base: PreTrainedModel) -> Decoder | None:
         """The fused decoder, if it can take the policy apart."""
         if len(self.variants.variants["policy"].loras) < 2 and decode_step.supports(base):
-            return Decoder(self.model)
+            return Decoder(self.model) if world_size() == 1 else SharedDecoder(self.model)
         logger.info("ppo: the policy's answers come from transformers' generate: the fused decoder does not take it")
         return None
 
@@ -205,7 +207,7 @@ class Actors(nn.Module):
                 value_head=self.value_head,
             )
         else:
-            answers = generate(
+            answers = generate(  # by all processes alike: transformers draws for whole batches
                 self.model,
                 tokenizer,
                 prompts,
@@ -214,18 +216,23 @@ class Actors(nn.Module):
                 do_sample=True,
                 temperature=params.temperature,
             )
+            answers = from_first(answers)
             batch = pack(prompts, answers, tokenizer.pad_token_id, self.model.device)
             with torch.no_grad():
                 logprobs, values, _ = self(adapter, batch, params.temperature)
-            samples = Samples(answers, logprobs, values)
+            samples = Samples(answers, from_first(logprobs), from_first(values))
         return samples
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         """Reward of each prompt + answer [n], read at its last token, or as the `scorer` says."""
-        if self.scorer is not None:
-            return self.scorer(batch).to(self.model.device)
-        return self._score(batch, "reward", self.reward_head)
+
+        def some(rows: Tensor | slice) -> Tensor:
+            if self.scorer is not None:
+                return self.scorer(batch.rows(rows)).to(self.model.device)
+            return self._score(batch.rows(rows), "reward", self.reward_head)
+
+        return shared_rows(len(batch.input_ids), some, self.model.device)
 
     @torch.no_grad()
     def judge_score(self, batch: Batch) -> Tensor:
@@ -244,7 +251,11 @@ class Actors(nn.Module):
     @torch.no_grad()
     def logprobs(self, adapter: str, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities of the answers' tokens under `adapter`, without gradients: [n, a]."""
-        return torch.cat([self(adapter, part, temperature)[0] for part in batch.parts()])
+
+        def some(rows: Tensor | slice) -> Tensor:
+            return torch.cat([self(adapter, part, temperature)[0] for part in batch.rows(rows).parts()])
+
+        return shared_rows(len(batch.input_ids), some, self.model.device)
 
     def forward(
         self, adapter: str, batch: Batch, temperature: float, *, entropy_grad: bool = False

@@ -12,6 +12,7 @@ from glm.models.adapters import causal_lm, half_precision, last_hidden
 from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.packed_attention import VARLEN, attention_of, why_not_packed
 from glm.training.actors import Actors, pack, token_logprobs
+from glm.training.distributed import gathered, share_of
 from glm.training.packing import Packing, pack_step, packed_row
 
 Ranking = dict[str, Any]  # `sequences`, best answer first, and the `starts` of their answers
@@ -28,7 +29,12 @@ def packing_of(actors: Actors, params: Offline) -> Packing | None:
 
 def rows_of(rankings: Sequence[Ranking], packing: Packing | None, tokens: int) -> list[list[Ranking]]:
     """Rankings in forward passes of about `tokens` tokens; a ranking is never split."""
-    return pack_step(list(rankings), lambda ranking: sum(map(len, ranking["sequences"])), tokens)
+    return pack_step(list(rankings), ranking_tokens, tokens)
+
+
+def ranking_tokens(ranking: Ranking) -> int:
+    """Tokens of a ranking's sequences."""
+    return sum(map(len, ranking["sequences"]))
 
 
 def answer_logprobs(
@@ -67,9 +73,10 @@ def reference_logprobs(
     """The answers' log-probabilities under the adapter "reference", for each ranking."""
     found: dict[int, list[float]] = {}
     numbered = [{**ranking, "number": number} for number, ranking in enumerate(rankings)]
-    for row in rows_of(numbered, packing, tokens):
+    for row in rows_of(share_of(numbered, ranking_tokens), packing, tokens):
         sums, _ = answer_logprobs(actors, "reference", row, packing, pad_id)
         sizes = [len(ranking["sequences"]) for ranking in row]
         for ranking, values in zip(row, sums.split(sizes), strict=True):
             found[ranking["number"]] = values.tolist()
+    found = gathered(found)
     return [found[number] for number in range(len(rankings))]

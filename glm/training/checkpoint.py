@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from glm.files import file_hash
+from glm.training.distributed import rank
 
 
 class Checkpoints:
-    """The folders step-N below `folder`, of which the newest `keep` stay."""
+    """The folders step-N below `folder`, of which the newest `keep` stay. Of several processes the first one writes."""
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder = Path(folder)
@@ -34,6 +35,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint that is either whole or not there, then drop the oldest ones."""
+        if rank() > 0:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_behind in self.folder.glob(".step-*"):  # by a process that was killed while it wrote
             shutil.rmtree(left_behind)
@@ -62,7 +65,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all of them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[tuple[int, Path]]:
         """Newest first."""

@@ -1,7 +1,7 @@
 """How decoder layers run in training: compiled one by one, and keeping as many activations as memory allows."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -12,12 +12,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glm.models.quantization import PackedLinear
+from glm.models.quantization import PackedLinear, lean_int8
+from glm.training.fused_layer import Block, fused_blocks, fused_layer
 from glm.training.loss import CHUNK_LOGITS
 
 Checkpointing = Literal["none", "selective", "full"]
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 EAGER = 1.6
+WIDENS = 1.25  # outputs an input from which a product counts as one that widens; q, k and v in one do not
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -26,12 +28,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def layers_run(model: nn.Module, *, compiled: bool, checkpointing: Checkpointing) -> Iterator[None]:
-    """Inside, the decoder layers of `model` are compiled and checkpointed as said; afterwards they are as before.
+def layers_run(
+    model: nn.Module, *, compiled: bool, checkpointing: Checkpointing, fused: bool = False
+) -> Iterator[None]:
+    """Inside, the decoder layers of `model` are computed as said; afterwards they are as before.
 
     One compiled function serves all layers, since they differ only in weights. "full" keeps a layer's input and
     computes the layer again in the backward pass; "selective" computes again what takes much room for its time: all
     but attention and the products that do not widen (of a GLM block: the MLP's first half and what is elementwise).
+    `fused`: by `fused_layer`, for a model that `can_fuse`.
     """
     run: Callable[..., Tensor] = {"none": _forward, "selective": _selective, "full": _full}[checkpointing]
     if compiled and checkpointing == "full" and quantized(model):
@@ -40,13 +45,14 @@ def layers_run(model: nn.Module, *, compiled: bool, checkpointing: Checkpointing
     elif compiled:
         run = torch.compile(run)
     layers = decoder_layers(model)
-    for layer in layers:
-        layer.forward = partial(run, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    with lean_int8(model), fused_blocks(layers) if fused else nullcontext([None] * len(layers)) as blocks:
+        for layer, block in zip(layers, blocks, strict=True):
+            layer.forward = partial(run, layer, block)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 def quantized(model: nn.Module) -> bool:
@@ -114,22 +120,29 @@ def _has_dropout(module: LoraLayer) -> bool:
     return any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
 
 
-def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return type(layer).forward(layer, hidden_states, *args, **kwargs)
+def _forward(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if block is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    return fused_layer(layer, block, hidden_states, *args, **kwargs)
 
 
 def _full(
-    layer: nn.Module, hidden_states: Tensor, *args: Any, run: Callable[..., Tensor] = _forward, **kwargs: Any
+    layer: nn.Module,
+    block: Block | None,
+    hidden_states: Tensor,
+    *args: Any,
+    run: Callable[..., Tensor] = _forward,
+    **kwargs: Any,
 ) -> Tensor:
     def forward(states: Tensor) -> Tensor:
-        return run(layer, states, *args, **kwargs)
+        return run(layer, block, states, *args, **kwargs)
 
     return checkpoint(forward, hidden_states, use_reentrant=False)
 
 
-def _selective(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _selective(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     def forward(states: Tensor) -> Tensor:
-        return _forward(layer, states, *args, **kwargs)
+        return _forward(layer, block, states, *args, **kwargs)
 
     return checkpoint(forward, hidden_states, use_reentrant=False, context_fn=_keep_narrow)
 
@@ -141,7 +154,7 @@ def _keep_narrow() -> tuple[Any, Any]:
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
         inner, width = args[-1].shape
-        return CheckpointPolicy.MUST_SAVE if width <= inner else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if width <= WIDENS * inner else CheckpointPolicy.PREFER_RECOMPUTE
     if "attn" in op.name() or "attention" in op.name():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

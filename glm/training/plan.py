@@ -16,6 +16,7 @@ from glm.models.adapters import causal_lm
 from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.methods import Tunable
 from glm.models.packed_attention import packed_implementation, why_not_packed
+from glm.training.fused_layer import can_fuse
 from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
 from glm.training.packing import Packing
 
@@ -41,6 +42,7 @@ class Plan:
     step_size: int
     packing: Packing | None
     attention: str | None  # of packed rows, as transformers calls it
+    fused: bool  # layers by glm.training.fused_layer
     compiled: bool
     checkpointing: Checkpointing
     row_tokens: int
@@ -97,10 +99,11 @@ def plan(
         if on_gpu:
             state = optimizer_bytes(model, params.optim)
             checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free_memory())
+    fused = params.fused_layers and obstacle is None and can_fuse(base)
     steps = -(-len(train_set) // step_size) * params.num_train_epochs
     total = params.max_steps if params.max_steps > 0 else math.ceil(steps)
     used = None if obstacle else attention
-    found = Plan(train_set, step_size, packing, used, compiled, checkpointing, tokens, sum(lengths), total)
+    found = Plan(train_set, step_size, packing, used, fused, compiled, checkpointing, tokens, sum(lengths), total)
     logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
     return found
 
@@ -126,6 +129,7 @@ def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> s
     steps = -(-len(plan.train_set) // plan.step_size)
     return (
         f"{examples} examples of {tokens / examples:.0f} tokens; {layout}; {steps} steps an epoch of {plan.step_size} "
-        f"{unit}; attention {plan.attention or 'as loaded'}; torch_compile {str(plan.compiled).lower()}; "
+        f"{unit}; attention {plan.attention or 'as loaded'}; fused_layers {str(plan.fused).lower()}; "
+        f"torch_compile {str(plan.compiled).lower()}; "
         f"activation_checkpointing {plan.checkpointing}"
     )

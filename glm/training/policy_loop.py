@@ -1,6 +1,6 @@
 """The loop that DPO, RRHF and RAFT share: optimizer, schedule, looks at held-out prompts, checkpoints.
 
-    def gradients(step):                 # adds the gradient of the loss of one step, returns numbers for the curves
+    def gradients(step):    # adds the gradient of this process's share of a step's loss, returns numbers for the curves
         ...
     numbers = run(actors, tokenizer, dev_prompts, params, gradients, seed=…, log=…, …)
 
@@ -19,6 +19,7 @@ from glm.config import Rival
 from glm.errors import InputError
 from glm.training.actors import Actors
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.distributed import sum_gradients
 from glm.training.policy_eval import Show, Watch
 from glm.training.trainer import Log, Progress
 
@@ -67,6 +68,7 @@ def run(
         started = time.perf_counter()
         optimizer.zero_grad()
         numbers = gradients(step) | {"learning_rate": schedule.get_last_lr()[0]}
+        sum_gradients(policy)
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy, params.max_grad_norm).item()
         if not torch.isfinite(torch.tensor(numbers["grad_norm"])):
             raise FloatingPointError(f"step {step}: the gradient's norm is {numbers['grad_norm']}")

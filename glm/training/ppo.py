@@ -21,6 +21,7 @@ from glm.errors import InputError
 from glm.generation.rollout import Samples
 from glm.training.actors import Actors, Batch, pack
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.distributed import rank, sum_gradients, summed, world_size
 from glm.training.policy_eval import Show, Watch, repetition
 from glm.training.ppo_terms import (
     ScoreScale,
@@ -178,8 +179,9 @@ def update(
     """`ppo_epochs` passes over the experience in minibatches, one optimizer step each; returns means over them.
 
     A minibatch is computed in `gradient_accumulation_steps` parts, each weighted by its share of the tokens, so that
-    their number changes memory and nothing else.
+    their number changes memory and nothing else. Several processes share its rows.
     """
+    parts = -(-params.gradient_accumulation_steps // world_size())
     batch, sums, minibatches = experience.batch, {}, 0
     for _ in range(params.ppo_epochs):
         # Drawn on the CPU, and moved once: an index that comes from the host makes every part wait for the device.
@@ -188,13 +190,16 @@ def update(
             tokens = batch.mask[minibatch].sum()
             optimizer.zero_grad()
             found: dict[str, Tensor] = {}
-            for chosen in minibatch.tensor_split(params.gradient_accumulation_steps):
+            mine = minibatch[rank() :: world_size()]
+            for chosen in mine.tensor_split(min(parts, len(mine))):
                 part = batch.rows(chosen)
                 share = part.mask.sum() / tokens
                 loss, terms = _loss(actors, experience, part, chosen, params)
                 (loss * share).backward()
                 for name, value in terms.items():
                     found[name] = found.get(name, 0) + value.detach() * share
+            sum_gradients(actors.trained)
+            found = summed(found)
             found["grad_norm"] = nn.utils.clip_grad_norm_(actors.trained, params.max_grad_norm)
             if not torch.isfinite(found["grad_norm"]):
                 raise FloatingPointError(f"PPO step {step}: the gradient's norm is {found['grad_norm'].item()}")

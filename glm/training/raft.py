@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Raft
 from glm.training.actors import Actors, pack
+from glm.training.distributed import rank, summed_numbers, world_size
 from glm.training.policy_eval import repetition
 from glm.training.policy_loop import batch_at, run
 
@@ -43,13 +44,12 @@ def train(
         best = best_of(scores - params.beta * kl, count)
         tokens = batch.mask[best].sum()
         loss = 0.0
-        for part in batch.rows(best).parts():
+        for part in batch.rows(best[rank() :: world_size()]).parts():
             logprobs, _, _ = actors("policy", part, 1.0)
             part_loss = -logprobs.sum() / tokens
             part_loss.backward()
             loss += part_loss.item()
-        return {
-            "loss": loss,
+        return summed_numbers({"loss": loss}, scores.device) | {
             "reward": scores.mean().item(),
             "reward_std": scores.std().item(),
             "best_reward": scores[best].mean().item(),

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Reward, Sft
+from glm.config import Reward, Sft, Strategy
 from glm.data.collate import pad_ids
 from glm.models import methods
-from glm.models.adapters import last_hidden, load_lora, load_score, trainable_count
+from glm.models.adapters import load_lora, load_score, trainable_count
 from glm.models.methods import Tunable
 from glm.training.checkpoint import Checkpoints
+from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
 from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.plan import plan
@@ -34,22 +35,25 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.score = score.to(backbone.device)
 
-    def forward(self, ends: Tensor, **inputs: Any) -> Tensor:
-        """Scores [n] of the sequences that end at `ends` [n], positions in the flattened rows of `inputs`."""
-        hidden = last_hidden(self.backbone, **inputs)
-        return self.score(hidden.flatten(0, 1)[ends].float()).squeeze(-1)
+    def forward(self, ends: Tensor, *, fused: bool = False, **inputs: Any) -> Tensor:
+        """Scores [n] of the sequences that end at `ends` [n], positions in the flattened rows of `inputs`.
+
+        `fused`: the backbone's layers are, and give only what is asked for.
+        """
+        return self.score(hidden_at(self.backbone, ends, fused=fused, **inputs).float()).squeeze(-1)
 
 
 class RewardLoss(nn.Module):
     """Maps a micro-batch of `RankingCollator` to the sum of its rankings' losses."""
 
-    def __init__(self, model: RewardModel, params: Reward) -> None:
+    def __init__(self, model: RewardModel, params: Reward, *, fused: bool = False) -> None:
         super().__init__()
         self.model = model
         self.params = params
+        self.fused = fused
 
     def forward(self, sizes: list[int], **inputs: Any) -> Tensor:
-        losses = [ranking_loss(ranking, self.params) for ranking in self.model(**inputs).split(sizes)]
+        losses = [ranking_loss(ranking, self.params) for ranking in self.model(fused=self.fused, **inputs).split(sizes)]
         return torch.stack(losses).sum()
 
 
@@ -104,6 +108,7 @@ def train(
     progress: Progress,
     start: Path | None = None,
     checkpoints: Checkpoints | None = None,
+    strategy: Strategy = "ddp",
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train by `params.method` on examples of `sequences` (token ids of prompt + answer, best answer first).
 
@@ -124,10 +129,11 @@ def train(
     trained, total = trainable_count(reward_model)
     steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
     say_what_comes(backbone, params.method, params, steps, stage="reward")
-    loss = RewardLoss(reward_model, params)
+    loss = RewardLoss(reward_model, params, fused=steps.fused)
     collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
     options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    with trainer_for(loss, backbone, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+    options |= {"checkpoints": checkpoints, "strategy": strategy}
+    with trainer_for(loss, backbone, collator, dev_set, params, steps, **options) as trainer:
         trainer.run()
     methods.finish(backbone, params.method)
     numbers = {

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from glm.config import Sft
+from glm.config import Sft, Strategy
 from glm.data.collate import pad, pad_ids
 from glm.data.encode import IGNORED
 from glm.errors import InputError
 from glm.models import methods
-from glm.models.adapters import causal_lm, half_precision, last_hidden, trainable_count
+from glm.models.adapters import causal_lm, half_precision, trainable_count
 from glm.models.methods import Tunable
 from glm.training.checkpoint import Checkpoints
+from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
 from glm.training.loss import cross_entropy_sum, label_positions
 from glm.training.packing import Packing, packed_row, step_rows
@@ -27,23 +28,35 @@ from glm.training.trainer import Log, Progress, require_rows, trainer_for
 class SftLoss(nn.Module):
     """Maps a micro-batch of `SftCollator` to the sum of its next-token losses.
 
+    `fused`: the model's layers are, and give only what is asked for. `compiled`: the loss is, as the layers are.
+
     Raises InputError for the models whose logits are not simply their head's output.
     """
 
-    def __init__(self, model: Tunable, neftune_noise_alpha: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Tunable,
+        neftune_noise_alpha: float | None = None,
+        *,
+        fused: bool = False,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1.0):
                 raise InputError(f"{name} {getattr(model.config, name)} in the model's config.json is not supported")
         self.model = model
         self.neftune_noise_alpha = neftune_noise_alpha
+        self.fused = fused
+        self.compiled = compiled
 
     def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         alpha = self.neftune_noise_alpha if self.training else None
         with noisy_embeddings(causal_lm(self.model), alpha, inputs):
-            hidden = last_hidden(self.model, **inputs).flatten(0, 1)[positions]
+            hidden = hidden_at(self.model, positions, fused=self.fused, **inputs)
         with half_precision(self.model):
-            return cross_entropy_sum(hidden, self.model.get_output_embeddings(), targets, self.model.config.vocab_size)
+            head, vocabulary = self.model.get_output_embeddings(), self.model.config.vocab_size
+            return cross_entropy_sum(hidden, head, targets, vocabulary, compiled=self.compiled, fused=self.fused)
 
 
 @contextmanager
@@ -116,6 +129,7 @@ def train(
     progress: Progress,
     start: Path | None = None,
     checkpoints: Checkpoints | None = None,
+    strategy: Strategy = "ddp",
 ) -> tuple[Tunable, dict[str, float]]:
     """Train `model` by `params.method` on examples of `input_ids` and `labels`; returns it with the run's numbers.
 
@@ -132,10 +146,11 @@ def train(
     trained, total = trainable_count(tuned)
     steps = plan(tuned, train_set, lambda example: [example["input_ids"]], params, stage="sft", seed=seed)
     say_what_comes(tuned, params.method, params, steps, stage="sft")
-    loss = SftLoss(tuned, params.neftune_noise_alpha)
+    loss = SftLoss(tuned, params.neftune_noise_alpha, fused=steps.fused, compiled=steps.compiled)
     collator = SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
     options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    with trainer_for(loss, tuned, collator, dev_set, params, steps, checkpoints=checkpoints, **options) as trainer:
+    options |= {"checkpoints": checkpoints, "strategy": strategy}
+    with trainer_for(loss, tuned, collator, dev_set, params, steps, **options) as trainer:
         trainer.run()
         after = trainer.evaluate()["eval_loss"] if dev_set else None
     methods.finish(tuned, params.method)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from glm.config import Training
+from glm.config import Reward, Sft, Strategy, Training
 from glm.errors import InputError
 from glm.models.adapters import causal_lm
 from glm.models.methods import Tunable, trained_parameters
 from glm.models.packed_attention import attention_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.distributed import world_size
 from glm.training.guards import LossWatch, check_gradients, flops_per_token, peak_flops, try_largest
 from glm.training.layers import layers_run
 from glm.training.plan import Plan
@@ -41,7 +42,7 @@ def trainer_for(
     model: Tunable,
     collator: Callable[[list[Any]], dict[str, Any]],
     dev_set: Sequence[Any],
-    params: Training,
+    params: Sft | Reward,
     plan: Plan,
     *,
     seed: int,
@@ -49,13 +50,26 @@ def trainer_for(
     log_speed: Log,
     progress: Progress,
     checkpoints: Checkpoints | None,
+    strategy: Strategy = "ddp",
 ) -> "Iterator[StepTrainer]":
-    """A `StepTrainer` of `loss`, which computes `model`; inside, the model's layers and attention are as planned."""
+    """A `StepTrainer` of `loss`, which computes `model`; inside, the model's layers and attention are as planned.
+
+    Among several processes it is a `RankTrainer`, and `strategy` says who holds the weights.
+    """
+    if world_size() > 1:
+        from glm.training.rank_trainer import rank_trainer_for
+
+        options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
+        with rank_trainer_for(
+            loss, collator, dev_set, params, plan, **options, checkpoints=checkpoints, strategy=strategy
+        ) as trainer:
+            yield trainer
+        return
     causal = causal_lm(model)
     with (
         tempfile.TemporaryDirectory() as scratch,
         attention_of(causal, plan.attention),
-        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
+        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
     ):
         yield StepTrainer(
             model=loss,
@@ -73,8 +87,10 @@ def trainer_for(
         )
 
 
-def training_arguments(params: Training, plan: Plan, output_dir: str | Path, seed: int, *, has_dev: bool) -> Any:
-    """The stage's parameters in the Trainer's words. Nothing is reported anywhere but through `TrainerLog`."""
+def training_arguments(
+    params: Training, plan: Plan, output_dir: str | Path, seed: int, *, has_dev: bool, **engine: Any
+) -> Any:
+    """The stage's parameters in the Trainer's words, and the `engine`'s. Only the callbacks given here report."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -104,6 +120,7 @@ def training_arguments(params: Training, plan: Plan, output_dir: str | Path, see
         report_to="none",
         disable_tqdm=True,
         log_level="error",
+        **engine,
     )
 
 
@@ -180,11 +197,7 @@ class StepTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         model.train()
-        total = torch.zeros((), device=self.args.device)
-        for micro_batch in inputs["micro_batches"]:
-            loss = model(**self._prepare_inputs(micro_batch)) / inputs["items"]
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        total = self._forward_backward(model, inputs)
         for name in self.seen:
             self.seen[name] += inputs[name]
         self.loss_of_all += total
@@ -192,6 +205,15 @@ class StepTrainer(Trainer):
         self.steps_since_log += 1
         self.watch.keep(self.state.global_step + 1, total, inputs["micro_batches"])
         self._see_a_gradient(model)
+        return total
+
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Add the gradient of a step; returns its loss []."""
+        total = torch.zeros((), device=self.args.device)
+        for micro_batch in inputs["micro_batches"]:
+            loss = model(**self._prepare_inputs(micro_batch)) / inputs["items"]
+            self.accelerator.backward(loss)
+            total += loss.detach()
         return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -215,12 +237,15 @@ class StepTrainer(Trainer):
         with torch.compiler.set_stance("force_eager"):  # not worth compiling a second time
             for start in range(0, len(self.eval_dataset), self.eval_batch_size):
                 batch = self.data_collator(self.eval_dataset[start : start + self.eval_batch_size])
-                total += sum(self.model(**self._prepare_inputs(part)).item() for part in batch["micro_batches"])
+                total += self._loss_of(batch)
                 items += batch["items"]
         metrics = {"eval_loss": total / items}
         self.log(metrics)
         self._window = None  # looking at the dev set is no training
         return metrics
+
+    def _loss_of(self, batch: dict[str, Any]) -> float:
+        return sum(self.model(**self._prepare_inputs(part)).item() for part in batch["micro_batches"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None:
@@ -263,7 +288,7 @@ class StepTrainer(Trainer):
             raise RuntimeError("what is to be trained has no gradient: it is not part of what the model computes")
 
     def _try_largest(self) -> None:
-        largest = nlargest(self.args.per_device_train_batch_size, self.train_dataset, key=_tokens)
+        largest = nlargest(self.args.per_device_train_batch_size, self.train_dataset, key=token_count)
         parts = self.data_collator(largest)["micro_batches"]
         part = max(parts, key=lambda inputs: inputs["input_ids"].numel())
         kept = rng_state()
@@ -276,9 +301,7 @@ class StepTrainer(Trainer):
         with tempfile.TemporaryDirectory() as folder:
             self.state.save_to_json(str(Path(folder, TRAINER_STATE_NAME)))
             trainer = Path(folder, TRAINER_STATE_NAME).read_text(encoding="utf-8")
-        state = {
-            "trained": {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()},
-            "optimizer": self.optimizer.state_dict(),
+        state = self._trained_state() | {
             "scheduler": self.lr_scheduler.state_dict(),
             "rng": rng_state(),
             "trainer": trainer,
@@ -287,6 +310,12 @@ class StepTrainer(Trainer):
         }
         self.checkpoints.save(self.state.global_step, state)
         self._window = None  # nor is writing
+
+    def _trained_state(self) -> dict[str, Any]:
+        return {
+            "trained": {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     # The Trainer's own way back reads files that hold the whole model; here the state is at hand.
 
@@ -323,10 +352,10 @@ class _StepEnd(TrainerCallback):
         self.trainer.watch.look()
 
 
-def _tokens(item: Any) -> int:
+def token_count(item: Any) -> int:
     """Tokens of an example, of a ranking, or of a row of them."""
     if isinstance(item, list):
-        return sum(map(_tokens, item))
+        return sum(map(token_count, item))
     return sum(map(len, item["sequences"])) if "sequences" in item else len(item["input_ids"])
 
 

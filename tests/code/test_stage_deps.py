@@ -20,6 +20,7 @@ STAGES = YAML(typ="safe").load(PIPELINE)["stages"]
 OBSERVERS = {
     "tasks/__init__.py",
     "tasks/stage.py",
+    "tasks/launch.py",
     "tasks/step_run.py",
     "tasks/tracking.py",
     "tasks/lineage.py",

@@ -24,6 +24,7 @@ from glm.models.lineage import Lineage, above
 from glm.models.prefix import new_prefix, prefix_of
 from glm.models.quantization import BLOCK_LINEAR
 from glm.models.saving import load_unmerged, probe_outputs, save_trained
+from tasks.logged_models import artifact_folders
 from tests.model.hub_server import TOKEN, hub
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,10 @@ def test_an_adapter_alone(number: int, quantization: str, tmp_path: Path) -> Non
     export(source, tmp_path / "out", Export(what="adapter"), FACTS)
     assert not {"model.safetensors", "config.json"} & {file.name for file in (tmp_path / "out").iterdir()}
     torch.testing.assert_close(probe_outputs(load_model(tmp_path / "out")), wanted, atol=2e-4, rtol=1e-4)
+    folders, kept = artifact_folders(tmp_path / "out")  # as MLflow keeps it
+    assert folders == [source.base, str(tmp_path / "out")]
+    logged = load_model(folders[0], adapters=folders[1:], quantization=kept, dtype="float32")
+    torch.testing.assert_close(probe_outputs(logged), wanted, atol=2e-4, rtol=1e-4)
     if quantization == "none":  # PEFT alone
         plain = PeftModel.from_pretrained(load_model(source.base, dtype="float32"), str(tmp_path / "out")).eval()
         torch.testing.assert_close(probe_outputs(plain), wanted, atol=2e-4, rtol=1e-4)

@@ -22,9 +22,9 @@ def rows(name: str) -> list[dict[str, Any]]:
             {"instruction": f"说说{look}的{thing}。", "input": "", "output": [answer, f"{thing}。"]}
             for (thing, look), answer in zip(pairs, answers, strict=True)
         ]
-    history = {"history": [["在吗？", "在，请说。"]]} if name.startswith("covid") else {}
     return [
-        {"instruction": f"{name}：{look}的{thing}怎么样？", "input": "", "output": answer, **history}
+        {"instruction": f"{name}：{look}的{thing}怎么样？", "input": "", "output": answer}
+        | ({"history": [[f"在吗？想问{look}的{thing}。", "在，请说。"]]} if name.startswith("covid") else {})
         for (thing, look), answer in zip(pairs, answers, strict=True)
     ]
 

@@ -52,6 +52,6 @@ def main(program: str) -> None:
             write_text(path, "step,loss\n1,3.0\n2,2.0\n")
         else:
             write_json(path / "made_with.json", used | read)
-    if program == "evaluate":
+    if program in ("evaluate_sft", "evaluate"):
         sample = {"prompt": "写一条酒店评论", "base": "的的的", "sft": "酒店很好", params.algorithm: "非常满意[bold]"}
-        write_text("reports/evaluate/samples.json", json.dumps([sample] * 3, ensure_ascii=False))
+        write_text(f"reports/{program}/samples.json", json.dumps([sample] * 3, ensure_ascii=False))

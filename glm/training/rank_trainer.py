@@ -1,0 +1,180 @@
+"""SFT and reward model on several GPUs: a `StepTrainer` in each process, by DDP or FSDP2.
+
+All processes load the same steps, and each computes its share of a step's tokens. The loss is divided by the items of
+the whole step, so that it is the mean over them however they are shared out; the engines take the mean of gradients
+over processes, which is why the loss is multiplied by their number.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from glm.config import Reward, Sft, Strategy
+from glm.models.methods import trained_parameters
+from glm.models.packed_attention import attention_of
+from glm.training.checkpoint import Checkpoints
+from glm.training.distributed import deal, rank, world_size
+from glm.training.guards import flops_per_token
+from glm.training.layers import layers_run
+from glm.training.plan import Plan
+from glm.training.sharding import sharded, share_like, share_moments, whole_state
+from glm.training.trainer import Log, Progress, StepTrainer, token_count, training_arguments
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+@contextmanager
+def rank_trainer_for(
+    loss: nn.Module,
+    collator: Collator,
+    dev_set: Sequence[Any],
+    params: Sft | Reward,
+    plan: Plan,
+    *,
+    seed: int,
+    log: Log,
+    log_speed: Log,
+    progress: Progress,
+    checkpoints: Checkpoints | None,
+    strategy: Strategy,
+) -> "Iterator[RankTrainer]":
+    """What `trainer_for` gives in one of several processes. Method full is spread by `strategy`, others by DDP."""
+    with sharded(loss) if strategy == "fsdp" and params.method == "full" else nullcontext(loss) as trained:
+        causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
+        torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
+        # method full has weights that the reward model does not use: the vocabulary head's
+        ddp = {"ddp_find_unused_parameters": params.method == "full"}
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            attention_of(causal, plan.attention),
+            layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
+        ):
+            yield RankTrainer(
+                model=trained,
+                args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set), **ddp),
+                train_dataset=plan.train_set,
+                eval_dataset=dev_set or None,
+                data_collator=Share(collator, packed=plan.packing is not None),
+                eval_batch_size=params.per_device_eval_batch_size,
+                log=log,
+                log_speed=log_speed,
+                progress=progress,
+                checkpoints=checkpoints,
+                flops=flops_per_token(causal) / world_size(),  # of this GPU
+                loraplus_lr_ratio=params.loraplus_lr_ratio,
+            )
+
+
+class Share:
+    """What this process computes of a step: as many micro-batches as every other one, since they wait for each other.
+
+    Where it has fewer, it computes one again for nothing: `idle` is how many at the end do not count. All counts are
+    those of the whole step.
+    """
+
+    def __init__(self, collator: Collator, *, packed: bool) -> None:
+        self.collator = collator
+        self.packed = packed
+
+    def __call__(self, step: list[Any]) -> dict[str, Any]:
+        parts = [self.collator(share) for share in shares(step, world_size(), packed=self.packed) if share]
+        own = parts[rank()]["micro_batches"] if rank() < len(parts) else []
+        most = max(len(part["micro_batches"]) for part in parts)
+        spare = (own or parts[0]["micro_batches"])[-1]
+        counts = {name: sum(part[name] for part in parts) for name in ("items", "tokens", "examples")}
+        return counts | {"micro_batches": own + [spare] * (most - len(own)), "idle": most - len(own)}
+
+
+def shares(step: list[Any], number: int, *, packed: bool) -> list[list[Any]]:
+    """The items of a step, dealt out so that all are ready at the same time; the last ones may get nothing.
+
+    Packed examples are dealt by tokens. Rows that `PackedRows` has filled stay together if their number allows it.
+    Padded ones go round by length, so that all have as many, and of like lengths.
+    """
+    if isinstance(step[0], list) and len(step) % number:
+        step = [example for row in step for example in row]
+    sizes = [token_count(item) for item in step]
+    if packed:
+        dealt = deal(sizes, number)
+    else:
+        order = sorted(range(len(step)), key=lambda index: sizes[index], reverse=True)
+        dealt = [order[first::number] for first in range(number)]
+    return [[step[index] for index in indices] for indices in dealt]
+
+
+class RankTrainer(StepTrainer):
+    """A `StepTrainer` that is one of several; `data_collator` is a `Share`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sharded = isinstance(self.model, FSDPModule)
+        if rank() > 0:
+            torch.manual_seed(self.args.seed + rank())  # dropout's noise is each process's own
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+        # As the Trainer has it prepared in one process: every process sees whole steps, in the order of the seed.
+        return prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed
+        )
+
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        total = torch.zeros((), device=self.args.device)
+        micro_batches = inputs["micro_batches"]
+        counted = len(micro_batches) - inputs["idle"]
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            wait = number < len(micro_batches) and not self.sharded  # FSDP keeps shares of gradients only
+            with model.no_sync() if wait else nullcontext():
+                loss = model(**self._prepare_inputs(micro_batch)) / inputs["items"]
+                if number > counted:
+                    loss = loss * 0
+                self.accelerator.backward(loss * world_size())
+            total += loss.detach()
+        dist.all_reduce(total)
+        return total
+
+    def _loss_of(self, batch: dict[str, Any]) -> float:
+        counted = len(batch["micro_batches"]) - batch["idle"]
+        losses = [self.model(**self._prepare_inputs(part)) for part in batch["micro_batches"]]
+        total = torch.stack(losses)[:counted].sum()
+        dist.all_reduce(total)
+        return total.item()
+
+    def _see_a_gradient(self, model: nn.Module) -> None:
+        if not self.sharded:  # of whole weights there always is one
+            super()._see_a_gradient(model)
+
+    def _try_largest(self) -> None:
+        if not self.sharded:  # weights are whole until the training starts
+            super()._try_largest()
+
+    def _trained_state(self) -> dict[str, Any]:
+        return whole_state(super()._trained_state())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(share_like(self.resumed["trained"][name], parameter))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.resumed["optimizer"] = share_moments(self.resumed["optimizer"], self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if rank() == 0:
+            super()._load_rng_state(checkpoint)

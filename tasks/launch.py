@@ -1,0 +1,106 @@
+"""One stage in several processes, one a GPU: it starts itself again under torch's launcher, as `accelerate launch`.
+
+The processes live and die together. The first one does all that is seen from outside: log, MLflow, outputs.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glm.config import Launch
+from glm.errors import InputError
+
+PATIENCE = 60.0  # seconds that the first process has for an error that all have, its MLflow run included
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    return "LOCAL_RANK" in os.environ
+
+
+def first() -> bool:
+    """Whether this process is the only or the first one, which writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(launch: Launch, command: Sequence[str], name: str) -> int:
+    """Run `command`, a Python program's arguments, in `num_processes` processes; returns the exit status of the step.
+
+    When one of them ends otherwise than well, or this process is told to end, the others are ended too: by SIGTERM, and
+    those that do not listen within half a minute by SIGKILL.
+
+    Raises:
+        InputError: fewer GPUs than processes.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    number, gpus = launch.num_processes, torch.cuda.device_count()
+    if torch.cuda.is_available() and number > gpus:
+        raise InputError(f"launch.num_processes: {number}, but this machine has {gpus} GPUs")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // number))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says, is said below
+    with tempfile.TemporaryDirectory() as scratch:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=number,
+            run_id=name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(scratch),
+        )
+        try:
+            elastic_launch(config, sys.executable)(*command)
+            return 0
+        except ChildFailedError as error:
+            return exit_status(name, number, {rank: failure.exitcode for rank, failure in error.failures.items()})
+        except SignalException as error:
+            return 128 + error.sigval
+
+
+def follow_launcher() -> None:
+    """Make the kernel end this process when the launcher is gone, however that came about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def let_the_first_speak() -> None:
+    """Before a word about an error: what all processes meet is told once, since the launcher ends the others then."""
+    if not first():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+
+
+class Silence:
+    """Stands where a `StepRun` would, in the processes that are not the first."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing: the first process has the same numbers."""
+
+    def write(self, what: Any) -> None:
+        """Nothing."""
+
+
+def exit_status(name: str, number: int, failures: dict[int, int]) -> int:
+    """The step's exit status by those of the processes that failed, with a word about one that was killed."""
+    stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)  # because of another one
+    rank, code = min(failures.items(), key=lambda failure: (failure[1] in stopped, failure[1] >= 0, failure[0]))
+    if code >= 0:
+        return code
+    print(
+        f"{name}: process {rank} of {number} was ended by {signal.Signals(-code).name}, so the others were stopped; "
+        "give the same command again to go on from the last checkpoint",
+        file=sys.stderr,
+    )
+    return 1
