@@ -10,7 +10,7 @@ from apps.web.form import ParameterForm, changes_html
 from apps.web.telling import QUIET, SLOW, told
 from apps.web.texts import Texts
 from apps.web.watch import curves_html, log_html, status_html
-from flows import background
+from flows import ROOT, background
 from flows.rlhf_pipeline import STAGES, check
 from flows.workspace import uncommitted
 from glm.errors import InputError
@@ -114,7 +114,7 @@ def refuse(form: Form) -> None:
     if form.faults:
         name, message = next(iter(form.faults.items()))
         raise InputError(f"{name}: {message}")
-    check(form.overrides)
+    check(ROOT, form.overrides)
     if form.overrides and (files := uncommitted()):
         raise InputError(f"a run with other parameters uses the last commit: commit first: {', '.join(files)}")
 
