@@ -56,7 +56,7 @@ def rank_trainer_for(
         with (
             tempfile.TemporaryDirectory() as scratch,
             attention_of(causal, plan.attention),
-            layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing),
+            layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
         ):
             yield RankTrainer(
                 model=trained,

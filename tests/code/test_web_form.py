@@ -11,6 +11,7 @@ pytest.importorskip("gradio", reason="the extra `web` is not installed")
 from apps.web.descriptions import CHINESE
 from apps.web.export import words_of
 from apps.web.fields import Form, command, current, parameters, read_form
+from apps.web.form import TABS
 from apps.web.loaded import Models
 from apps.web.paths import check_path, check_paths
 from apps.web.run import check_login
@@ -28,6 +29,11 @@ def test_a_form_that_says_what_params_yaml_says_is_plain_glmflow_run() -> None:
     form = filled()
     assert (form.overrides, form.faults) == ({}, {}) and command(form.words()) == "glmflow run"
     assert filled(sft__learning_rate=str(float(current()["sft.learning_rate"])) + "0").overrides == {}
+
+
+def test_every_parameter_has_its_place_in_the_form() -> None:
+    places = [section for sections in TABS.values() for section in sections]
+    assert {one.section for one in parameters()} == {"", *places}  # seed and algorithm, of no section, stand above
 
 
 def test_differences_and_command_say_the_same() -> None:
