@@ -139,18 +139,27 @@ CHINESE = {
         "流程结束时接收 JSON 消息；GLMFLOW_WEBHOOK_URL 优先"
     ),
     # of the export
-    "the whole model, or what was trained alone, to be put on the same base": "整个模型，或只导出训练出的部分",
+    "the whole model, or what was trained alone, to be put on the same base": ("整个模型，或只导出训练出的部分"),
     "authors: names and files as ChatGLM's authors publish them; cpm-… is always theirs": (
         "authors：按 ChatGLM 原作者发布的名称和文件；cpm-… 总是如此"
     ),
-    "of the export: bitsandbytes' nf4, or the authors' (cpm-…)": "导出的量化：bitsandbytes 的 nf4，或原作者的（cpm-…）",
-    "owner/name of a model on the hub, made or updated; empty: none": "hub 上的 owner/name，新建或更新；留空：不上传",
+    "of the export: bitsandbytes' nf4, or the authors' (cpm-…)": (
+        "导出的量化：bitsandbytes 的 nf4，或原作者的（cpm-…）"
+    ),
+    "owner/name of a model on the hub, made or updated; empty: none": ("hub 上的 owner/name，新建或更新；留空：不上传"),
     "a model that is new on the hub is seen by its owner alone": "新建的 hub 模型只有所有者可见",
     "one a GPU; without a GPU, on the CPU": "每块 GPU 一个进程；没有 GPU 时用 CPU",
-    "who holds the weights, gradients and moments of method full in SFT and reward model: each process all of them (ddp), or its share (fsdp: FSDP2). Other methods, and policies, always take ddp": "SFT 与奖励模型做全参数训练时，权重、梯度和动量由谁保存：每个进程都保存全部（ddp），或只保存一份（fsdp，即 FSDP2）；其他方法和策略总是 ddp",
+    "who holds the weights, gradients and moments of method full in SFT and reward model: each process all of "
+    "them (ddp), or its share (fsdp: FSDP2). Other methods, and policies, always take ddp": (
+        "SFT 与奖励模型做全参数训练时，权重、梯度和动量由谁保存：每个进程都保存全部（ddp），或只保存一"
+        "份（fsdp，即 FSDP2）；其他方法和策略总是 ddp"
+    ),
     "rankings; empty only where a run ends with SFT": "排序数据；只有到 SFT 为止的运行才可为空",
     "prompts of the policy; empty as above": "策略的提示；可为空的情形同上",
-    "what stands for <NAME> and so on in datasets that have such marks: {NAME: 小智}": "数据集中 <NAME> 等占位符所代表的内容：{NAME: 小智}",
-    "start as a copy of what the stage below trained (SFT: of the last of model.adapters) if it is of this method; false: fresh, on top of it": "若下面一步（SFT：model.adapters 的最后一个）用的是同一方法，则从它的副本继续训练；false：在其上另起一个新的",
-    "packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where the loss looks": "打包且 LoRA 无 dropout 时，用更少更省的步骤计算 Glm 层，最后一层只算损失用到的位置",
+    "what stands for <NAME> and so on in datasets that have such marks: {NAME: 小智}": (
+        "数据集中 <NAME> 等占位符所代表的内容：{NAME: 小智}"
+    ),
+    "packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where the loss looks": (
+        "打包且 LoRA 无 dropout 时，用更少更省的步骤计算 Glm 层，最后一层只算损失用到的位置"
+    ),
 }
