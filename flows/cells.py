@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
 
 from flows import ROOT
+from flows.recipes import read_file
 from flows.workspace import parse_overrides, parse_value
 from glm.config import Params, load_params
 from glm.errors import InputError
@@ -55,13 +54,7 @@ def read_recipe(path: str | Path) -> Comparison:
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    try:
-        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (MarkedYAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {error}") from None
-    return validated(values, str(path))
+    return validated(read_file(path), str(path))
 
 
 def validated(values: Any, where: str) -> Comparison:

@@ -35,12 +35,7 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         InputError: no such file, not YAML, not a mapping, a recipe of `glmflow compare`, or `until` is no step.
     """
-    try:
-        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; recipes/README.md lists the recipes") from None
-    except (MarkedYAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {error}") from None
+    values = read_file(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected sections of params.yaml, found {values!r}")
     if "variants" in values:
@@ -48,6 +43,20 @@ def read_recipe(path: str | Path) -> Recipe:
     until = values.pop("until", None)
     steps_to(until)
     return Recipe(dotted(values), until)
+
+
+def read_file(path: str | Path) -> Any:
+    """The plain values of a recipe's YAML file.
+
+    Raises:
+        InputError: no such file, or it is not YAML.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; recipes/README.md lists the recipes") from None
+    except (MarkedYAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {error}") from None
 
 
 def dotted(values: Mapping[str, Any], section: type[Section] = Params, prefix: str = "") -> dict[str, Any]:
