@@ -33,6 +33,7 @@ class Resolved:
     revision: str | None = None
     adapters: tuple[str, ...] = ()  # on it, in this order
     quantization: str = "none"  # of the base, as the adapters were trained on it
+    double_quantization: bool = True
     data: Data = field(default_factory=Data)  # system prompt and longest prompt, as in training where that is known
     version: str = ""  # what exactly it is: a registered version, a logged model, or a hub revision
 
@@ -56,6 +57,7 @@ class Resolved:
                 dtype=dtype,
                 device=device,
                 quantization=self.quantization,
+                double_quantization=self.double_quantization,
                 revision=self.revision,
             )
         return model, tokenizer
@@ -107,7 +109,8 @@ def _local_or_hub(name: str) -> Resolved:
         _, below = read_lineage(folder)
         if below is None:  # method full: a whole model
             return Resolved(name, name)
-        return Resolved(name, below.base, below.revision, (*below.adapters, name), below.quantization)
+        adapters = (*below.adapters, name)
+        return Resolved(name, below.base, below.revision, adapters, below.quantization, below.double_quantization)
     if (folder / "adapter_config.json").exists():  # of PEFT, from elsewhere
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
@@ -158,18 +161,23 @@ def _logged(name: str, uri: str) -> Resolved:
 
 def _pyfunc(name: str, folder: Path, version: str) -> Resolved:
     """A chat model as tasks/logged_models.py logs it: folders as artifacts, the prompt's settings as config."""
-    from ruamel.yaml import YAML
-
     from glm.models.checkpoint import follow_pointer
+    from tasks.logged_models import logged_folders
 
-    flavor: dict[str, Any] = YAML(typ="safe").load(folder / "MLmodel").get("flavors", {}).get("python_function", {})
-    artifacts = {key: str(folder / value["path"]) for key, value in (flavor.get("artifacts") or {}).items()}
-    config = flavor.get("config") or {}
-    if "base" not in artifacts or "generation" not in config:
+    folders, config = logged_folders(folder)
+    if not folders or "generation" not in config:
         raise InputError(f"model: {name}: not a chat model that this project logged")
-    base, revision = follow_pointer(artifacts["base"])
-    adapters = tuple(folder for key, folder in sorted(artifacts.items()) if key != "base")
-    return Resolved(name, base, revision, adapters, config["quantization"], Data(**config["data"]), version)
+    base, revision = follow_pointer(folders[0])
+    return Resolved(
+        name,
+        base,
+        revision,
+        tuple(folders[1:]),
+        config["quantization"],
+        config.get("double_quantization", True),  # not in models that were logged before
+        Data(**config["data"]),
+        version,
+    )
 
 
 def _client() -> Any:
