@@ -1,7 +1,8 @@
 """What a bad disk or a sudden end leaves in DVC's folders, and DVC itself does not see to.
 
 DVC makes a file of its cache read-only and never reads such a file again to compare it with its name: one that has
-changed would be handed out as the model that dvc.lock names. Its run cache and its list of locks may be cut off.
+changed would be handed out as the model that dvc.lock names. dvc.lock itself, which DVC writes in place, its run cache
+and its list of locks may be cut off.
 """
 
 import json
@@ -79,6 +80,27 @@ def drop_corrupted_runs(cache: Path) -> list[str]:
             path.unlink()
             wrong.append(f"the corrupted {path.relative_to(cache.parent)}")
     return wrong
+
+
+def drop_corrupted_lock_file(root: Path) -> list[str]:
+    """Move a dvc.lock that was cut off to .dvc/tmp. Returns what was moved.
+
+    DVC empties the file and writes it anew after each stage: a kill between the two leaves one that stops all its
+    commands. Nothing is lost with it, since the run cache knows all that it said. A file with the marks of a merge is
+    left to whoever merges.
+    """
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    path = root / "dvc.lock"
+    if not path.exists() or b"\n<<<<<<<" in path.read_bytes():
+        return []
+    try:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(path.read_bytes()))
+    except (YAMLError, ValueError, Invalid):  # no YAML, no UTF-8, not all keys
+        path.replace(root / ".dvc" / "tmp" / "dvc.lock.corrupted")
+        return ["the corrupted dvc.lock (moved to .dvc/tmp/dvc.lock.corrupted)"]
+    return []
 
 
 def drop_dead_locks(root: Path) -> list[str]:
