@@ -16,7 +16,7 @@ from flows.dvc_repair import (
     drop_corrupted_runs,
     drop_dead_locks,
 )
-from tasks.lineage import hashes_in_lock
+from tasks.lineage import content_hash, hashes_in_lock
 from tests.pipeline.conftest import Project
 
 STAGE = """
@@ -62,6 +62,19 @@ def test_a_corrupted_cache_file_is_found_where_it_was_restored(repository: Proje
     assert not entry.exists() and not (root / "out").exists()
     assert "Running stage" in repository.dvc("repro")
     assert (root / "out" / "a").read_text() == "twelve bytes" == entry.read_text()
+
+
+def test_a_sound_cache_file_is_read_once(repository: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, cache = repository.root, repository.root / ".dvc" / "cache"
+    hashes = hashes_in_lock(root / "dvc.lock")
+    read = []
+    monkeypatch.setattr("flows.dvc_repair.content_hash", lambda path: read.append(path) or content_hash(path))
+    for _ in range(2):
+        assert drop_corrupted(hashes, root, cache) == []
+    assert len(read) == 2  # the folder's list, and the one content of its files
+    os.utime(read[0])
+    assert drop_corrupted(hashes, root, cache) == []
+    assert read[2:] == read[:1]
 
 
 def test_a_cut_off_list_of_a_folder_is_written_again(repository: Project) -> None:
