@@ -39,7 +39,7 @@ def assert_whole(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(project: Project) -> None:
+def test_kill_9_at_random_moments(project: Project, tmp_path: Path) -> None:
     """In each trial one process of the run is killed: the flow, its server, a guard, DVC or a step, at any moment.
 
     GLMFLOW_KILL_SEED repeats the choices of an earlier run. A trial takes half a minute on an idle machine.
@@ -75,8 +75,8 @@ def test_kill_9_at_random_moments(project: Project) -> None:
         assert running_in_mlflow(project) == []
 
     # the results are those of a run that nobody disturbed
-    undisturbed = Project(project.root.parent / "undisturbed", project.log.parent, None)
-    undisturbed.env |= project.env
+    undisturbed = Project(tmp_path / "undisturbed", project.log.parent, None)
+    undisturbed.env |= project.env | {"GLMFLOW_PROGRESS": str(tmp_path / "progress")}
     project.git("clone", "--quiet", ".", str(undisturbed.root))
     shutil.copy(project.root / "data" / "trial", undisturbed.root / "data" / "trial")
     undisturbed.dvc("repro")
