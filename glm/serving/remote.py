@@ -125,8 +125,8 @@ class RemoteEngine(RequestQueue):
                     self._take(request, chosen)
                     if request.finished is not None:
                         return
-                if choice.get("finish_reason"):
-                    self._end(request, "length" if choice["finish_reason"] == "length" else "stop")
+                if choice.get("finish_reason") in ("stop", "length"):
+                    self._end(request, choice["finish_reason"])
                     return
         raise RemoteError("the answer broke off")
 

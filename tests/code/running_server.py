@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import uvicorn
+from torch import Tensor
 
 from apps.serve.app import Options, create_app
 from glm.models import load_model, load_tokenizer
@@ -54,3 +55,14 @@ def wait_for(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def slow_down(engine: Engine) -> None:
+    """At least 10 ms a token, so that there is time to do something while an answer is on its way."""
+    step = engine.slots.step
+
+    def slowly(tokens: list[int]) -> Tensor:
+        time.sleep(0.01)
+        return step(tokens)
+
+    engine.slots.step = slowly
