@@ -129,10 +129,12 @@ def fused_layer(
 
 def hidden_at(model: PeftModel | PreTrainedModel, positions: Tensor, *, fused: bool, **inputs: Any) -> Tensor:
     """Last hidden states [n, hidden] at `positions` [n] of the flattened rows; fused layers compute no others."""
+    if positions.is_cuda:  # the number of both is another one in every row
+        torch._dynamo.maybe_mark_dynamic(positions, 0)
+        if "key_sources" in inputs:
+            torch._dynamo.maybe_mark_dynamic(inputs["key_sources"], 0)
     if not fused:
         return last_hidden(model, **inputs).flatten(0, 1)[positions]
-    if positions.is_cuda:
-        torch._dynamo.maybe_mark_dynamic(positions, 0)  # their number is another one in every row
     return last_hidden(model, keep=positions, **inputs)[0]
 
 

@@ -71,17 +71,17 @@ def quantized(model: nn.Module) -> bool:
 
 
 def choose_checkpointing(
-    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int
+    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int, copied_keys: int = 0
 ) -> Checkpointing:
     """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
 
-    `state` are the bytes of `optimizer_bytes`. Where even "full" does not fit, it is tried. "selective" is not for
-    compiled bitsandbytes layers, see `layers_run`.
+    `state` and `copied_keys` as for `memory_estimate`. Where even "full" does not fit, it is tried. "selective" is not
+    for compiled bitsandbytes layers, see `layers_run`.
     """
     for mode in MODES:
         if mode == "selective" and compiled and quantized(model):
             continue
-        if memory_estimate(model, tokens, state, mode, compiled=compiled) <= free:
+        if memory_estimate(model, tokens, state, mode, compiled=compiled, copied_keys=copied_keys) <= free:
             return mode
     return "full"
 
@@ -92,11 +92,15 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
     return each * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool) -> int:
+def memory_estimate(
+    model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool, copied_keys: int = 0
+) -> int:
     """Bytes that a training step takes on top of the weights: kept activations, `state`, a layer's backward or loss.
 
-    Layers below the first one that is trained keep nothing, unless the embedding is trained. Without compiling,
-    elementwise steps keep their inputs too, several of them in float32: about EAGER times as much.
+    `state` are the bytes of `optimizer_bytes`; `copied_keys` the tokens whose keys and values attention keeps besides
+    those of the row's own `tokens`, where answers share a prompt. Layers below the first one that is trained keep
+    nothing, unless the embedding is trained. Without compiling, elementwise steps keep their inputs too, several of
+    them in float32: about EAGER times as much.
     """
     layers = decoder_layers(model)
     hidden = model.config.hidden_size
@@ -114,7 +118,9 @@ def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Check
     in_backward = whole if mode == "none" else 2 * whole  # gradients, and what is computed again
     size = 4 if model.dtype == torch.float32 else 2
     passing = max(tokens * size * in_backward, CHUNK_LOGITS * 16)
-    return int(tokens * size * trained_depth(model, layers) * kept + passing + state)
+    heads = model.config.num_key_value_heads / model.config.num_attention_heads
+    copies = copied_keys * 2 * hidden * heads if mode == "none" else 0
+    return int(size * trained_depth(model, layers) * (tokens * kept + copies) + passing + state)
 
 
 def trained_depth(model: PreTrainedModel, layers: list[nn.Module]) -> int:
