@@ -18,7 +18,8 @@ from flows.errors import SmokeTestError
 from flows.interrupt import interruptible
 from glm.config import Params
 from glm.errors import InputError
-from tasks.lineage import content_hash, git_tags
+from tasks.inputs import known_hash
+from tasks.lineage import git_tags
 from tasks.logged_models import EXAMPLE, artifact_folders, log_chat_model
 from tasks.tracking import open_store, source_tags, store_lock, store_uri
 
@@ -55,7 +56,7 @@ def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
         raise InputError(f"{export_dir}: no such folder; the export step makes it")
     client, experiment_id = open_store(params.tracking.experiment)
     name = params.promote.model_name
-    digest = content_hash(export_dir)
+    digest = known_hash(Path(export_dir))
     with store_lock(store_uri()):  # two flows may end at once
         version = find_version(client, name, digest)
         if version is None:

@@ -12,15 +12,13 @@ time-out does nothing, and there is one GPU.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -282,25 +280,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         )
     if arguments.serve:
         return serve(arguments.cron)
-    try:
-        with in_terminal():
-            summary = rlhf_pipeline(overrides, until)
-    except httpx.TransportError as error:
-        start_again(error)
+    with in_terminal():
+        summary = rlhf_pipeline(overrides, until)
     report.show(summary, Console())
     return 0
-
-
-def start_again(error: httpx.TransportError) -> NoReturn:
-    """Run this command once more, in place of this process: its Prefect server has gone away.
-
-    What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
-    this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
-    """
-    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def serve(cron: str | None) -> int:

@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 from glm.config import EMBEDDED, Params
 from glm.errors import InputError
 from tasks import STEPS, programs, steps_to
+from tasks.inputs import known_hash
 from tasks.lineage import content_hash, files_of, stage_entry, stage_params
 from tasks.tracking import create_parent, open_store, store_uri, warn
 
@@ -92,7 +93,7 @@ def make_record(params: Params, patch: bytes, ours: Sequence[str], until: str | 
         "rows": _read(Path("reports/preprocess/report.json")),
         "base": base,
         "runs": {name: _read(path) for name in names if (path := Path("runs", f"{name}.json")).exists()},
-        "export": content_hash(EXPORT) if until is None and os.path.exists(EXPORT) else None,
+        "export": known_hash(Path(EXPORT)) if until is None and os.path.exists(EXPORT) else None,
         "faults": faults,
     }
 
@@ -156,7 +157,7 @@ def inconsistencies(lock: dict[str, Any], steps: Sequence[str] = STEPS) -> list[
                 faults.append(f"{stage}: {path} is gone since")
             elif content_hash(path) != md5:
                 faults.append(f"{stage}: {path} has changed since")
-    if EXPORT in made and os.path.exists(EXPORT) and content_hash(EXPORT) != made[EXPORT][1]:
+    if EXPORT in made and os.path.exists(EXPORT) and known_hash(Path(EXPORT)) != made[EXPORT][1]:
         faults.append(f"{EXPORT} is not the one in dvc.lock")
     return faults
 

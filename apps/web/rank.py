@@ -15,7 +15,7 @@ from apps.web.texts import Texts
 from glm.errors import InputError
 
 if TYPE_CHECKING:
-    from glm.serving.engine import Event, Request
+    from glm.serving.request import Event, Request
 
 MOST = 8  # answers
 LOOK_SECONDS = 1.0
