@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -86,7 +87,12 @@ def words_of(model: str, out: str, options: dict[Parameter, Any]) -> list[str]:
     model, out = check_path("model", model), check_path("folder", out)
     if not model or not out:
         raise InputError("model, folder: name both")
-    words = ["export", model, f"{FOLDER}/{check_path('folder', f'./{out}').removeprefix('./')}"]
+    if model.startswith("-"):
+        raise InputError(f"model: {model!r} is an option of the command, not a name")
+    below = Path(check_path("folder", f"./{out}"))
+    if below == Path():
+        raise InputError(f"folder: {out!r} is {FOLDER} itself; name one below it")
+    words = ["export", model, f"{FOLDER}/{below}"]
     for one, value in options.items():
         option = key_of(one).replace("_", "-")
         if one.is_box:
