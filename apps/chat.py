@@ -114,16 +114,23 @@ def talk(
 
 
 def _pipe(chat: Chat) -> None:
-    """A question a line, answered by a line (line breaks in it become blanks); the lines are one dialogue."""
+    """A question a line, answered by a line (line breaks in it become blanks); the lines are one dialogue.
+
+    What commands say goes to standard error.
+    """
     for line in sys.stdin:
-        question = line.strip()
-        if not question:
-            continue
-        if WORDS.get(question, question).startswith("/"):
-            if command(chat, WORDS.get(question, question)) == "stop":
+        question = WORDS.get(line.strip(), line.strip())
+        if question.startswith("/"):
+            outcome = command(chat, question)
+            if outcome == "stop":
                 return
+            if outcome != "answer":
+                print(outcome, file=sys.stderr)
+                continue
+        elif not question:
             continue
-        chat.messages.append({"role": "user", "content": question})
+        else:
+            chat.messages.append({"role": "user", "content": question})
         print(" ".join(printable("".join(chat.answer())).split("\n")), flush=True)
 
 

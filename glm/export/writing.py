@@ -99,7 +99,7 @@ def check_target(out: Path, source: Lineage, overwrite: bool) -> None:
     if not out.is_dir():
         raise InputError(f"{out}: is a file; an export is a folder")
     if not overwrite:
-        raise InputError(f"{out}: exists already; remove it, choose another folder, or allow to overwrite it")
+        raise InputError(f"{out}: exists already; remove it, choose another folder, or say --overwrite")
     if not any((out / name).exists() for name in ("config.json", "adapter_config.json", FILE_NAME)):
         raise InputError(f"{out}: holds something else than a model: it is not overwritten")
 
