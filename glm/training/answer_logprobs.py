@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.packed_attention import VARLEN, attention_of, why_not_packed
 from glm.training.actors import Actors, pack, token_logprobs
 from glm.training.distributed import gathered, share_of
-from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.packing import Packing, pack_step, packed_row, token_count
 
 Ranking = dict[str, Any]  # `sequences`, best answer first, and the `starts` of their answers
 
@@ -23,18 +24,24 @@ def packing_of(actors: Actors, params: Offline) -> Packing | None:
     model = causal_lm(actors.model)
     if not params.packing or why_not_packed(model):
         return None
-    prefix_lm = model.config if isinstance(model.config, ChatGLMConfig) else None
-    return Packing(params.tokens_per_forward, multiple=1, max_sequences=0, max_length=0, prefix_lm=prefix_lm)
+    return Packing(
+        params.tokens_per_forward,
+        multiple=1,
+        max_sequences=0,
+        max_length=0,
+        prefix_lm=model.config if isinstance(model.config, ChatGLMConfig) else None,
+        max_answers=2 if params.share_prompt else 1,
+    )
 
 
 def rows_of(rankings: Sequence[Ranking], packing: Packing | None, tokens: int) -> list[list[Ranking]]:
     """Rankings in forward passes of about `tokens` tokens; a ranking is never split."""
-    return pack_step(list(rankings), ranking_tokens, tokens)
+    return pack_step(list(rankings), partial(token_count, packing=packing), tokens)
 
 
-def ranking_tokens(ranking: Ranking) -> int:
-    """Tokens of a ranking's sequences."""
-    return sum(map(len, ranking["sequences"]))
+def own_share(rankings: Sequence[Ranking], packing: Packing | None) -> Sequence[Ranking]:
+    """The rankings that this process computes."""
+    return share_of(rankings, partial(token_count, packing=packing))
 
 
 def answer_logprobs(
@@ -51,7 +58,7 @@ def answer_logprobs(
         logprobs, _, _ = actors(adapter, pack(list(prompts), list(answers), pad_id, device), 1.0)
         return logprobs.sum(-1), lengths
     packing = replace(packing, max_sequences=len(sequences), max_length=max(map(len, sequences)))
-    inputs = packed_row(sequences, packing, pad_id)
+    inputs = packed_row(sequences, packing, pad_id, [len(ranking["sequences"]) for ranking in rankings])
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     actors.use(adapter)
     with attention_of(causal_lm(actors.model), VARLEN):
@@ -59,9 +66,12 @@ def answer_logprobs(
     ends = torch.tensor([*map(len, sequences)]).cumsum(0).tolist()
     spans = zip(ends, lengths.tolist(), strict=True)
     positions = torch.cat([torch.arange(end - length, end) for end, length in spans]).to(device)
+    before, own = positions - 1, positions
+    if (sources := inputs.get("key_sources")) is not None:
+        before, own = sources[before], sources[own]
     head = actors.model.get_output_embeddings()
     with half_precision(actors.model):
-        logprobs, _ = token_logprobs(hidden[positions - 1], head, inputs["input_ids"][0, positions], 1.0)
+        logprobs, _ = token_logprobs(hidden[before], head, inputs["input_ids"][0, own], 1.0)
     owner = torch.arange(len(sequences), device=device).repeat_interleave(lengths)
     return torch.zeros(len(sequences), device=device).index_add(0, owner, logprobs), lengths
 
@@ -73,7 +83,7 @@ def reference_logprobs(
     """The answers' log-probabilities under the adapter "reference", for each ranking."""
     found: dict[int, list[float]] = {}
     numbered = [{**ranking, "number": number} for number, ranking in enumerate(rankings)]
-    for row in rows_of(share_of(numbered, ranking_tokens), packing, tokens):
+    for row in rows_of(own_share(numbered, packing), packing, tokens):
         sums, _ = answer_logprobs(actors, "reference", row, packing, pad_id)
         sizes = [len(ranking["sequences"]) for ranking in row]
         for ranking, values in zip(row, sums.split(sizes), strict=True):

@@ -19,12 +19,12 @@ from glm.training.actors import Actors
 from glm.training.answer_logprobs import (
     Ranking,
     answer_logprobs,
+    own_share,
     packing_of,
-    ranking_tokens,
     reference_logprobs,
     rows_of,
 )
-from glm.training.distributed import share_of, summed_numbers
+from glm.training.distributed import summed_numbers
 from glm.training.policy_loop import batch_at, run
 
 
@@ -56,7 +56,7 @@ def train(
     def gradients(step: int) -> dict[str, float]:
         batch = [known[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
         sums: dict[str, float] = {}
-        for row in rows_of(share_of(batch, ranking_tokens), packing, params.tokens_per_forward):
+        for row in rows_of(own_share(batch, packing), packing, params.tokens_per_forward):
             logprobs, _ = answer_logprobs(actors, "policy", row, packing, pad_id)
             reference = torch.tensor([value for ranking in row for value in ranking["reference"]]).to(logprobs)
             rewards = params.beta * (logprobs - reference)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Rrhf
 from glm.training.actors import Actors
-from glm.training.answer_logprobs import Ranking, answer_logprobs, packing_of, ranking_tokens, rows_of
-from glm.training.distributed import share_of, summed_numbers
+from glm.training.answer_logprobs import Ranking, answer_logprobs, own_share, packing_of, rows_of
+from glm.training.distributed import summed_numbers
 from glm.training.policy_loop import batch_at, run
 
 
@@ -39,7 +39,7 @@ def train(
     def gradients(step: int) -> dict[str, float]:
         batch = [rankings[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
         sums: dict[str, float] = {}
-        for row in rows_of(share_of(batch, ranking_tokens), packing, params.tokens_per_forward):
+        for row in rows_of(own_share(batch, packing), packing, params.tokens_per_forward):
             logprobs, lengths = answer_logprobs(actors, "policy", row, packing, pad_id)
             loss = torch.zeros((), device=logprobs.device)
             for ranking in (logprobs / lengths).split([len(ranking["sequences"]) for ranking in row]):

@@ -12,6 +12,7 @@ from glm.training import dpo, kto, rloo, rrhf, trl_policy
 from glm.training.actors import pack
 from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
 from glm.training.checkpoint import Checkpoints
+from glm.training.packing import token_count
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
 from tests.model.test_packing import adapted, prefix_examples
@@ -121,10 +122,14 @@ def test_raft_keeps_the_best_of_each_prompt() -> None:
     assert best_of(torch.tensor([0.0, 2.0, 1.0, 5.0, 4.0, -1.0]), 3).tolist() == [1, 3]
 
 
-def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_packed_padded_and_reference_log_probabilities_agree(share_prompt: bool, tmp_path: Path) -> None:
     actors = make_actors(tmp_path)
     rows = rankings(answers=3)
-    packing = packing_of(actors, config.Dpo(tokens_per_forward=64))
+    cut = rows[0]["sequences"]
+    cut[2] = cut[1][:-1]  # what these two have in common is longer than the prompt
+    packing = packing_of(actors, config.Dpo(tokens_per_forward=64, share_prompt=share_prompt))
+    assert (token_count(rows, packing) < token_count(rows, None)) == share_prompt
     assert packing is not None and packing_of(actors, config.Dpo(packing=False)) is None
     packed, lengths = answer_logprobs(actors, "policy", rows, packing, TOKENIZER.pad_token_id)
     padded, _ = answer_logprobs(actors, "policy", rows, None, TOKENIZER.pad_token_id)
@@ -152,6 +157,10 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
         }
         for pair in (rows[:2], rows[2:4], rows[4:])
     ]
+    for ranking in found[1:]:  # two of the three have one prompt
+        prompt = ranking["sequences"][0][: ranking["starts"][0]]
+        ranking["sequences"][1] = prompt + ranking["sequences"][1][ranking["starts"][1] :]
+        ranking["starts"][1] = len(prompt)
     packing = packing_of(actors, config.Dpo())
     assert packing is not None and packing.prefix_lm is not None
     packed, _ = answer_logprobs(actors, "policy", found, packing, base.config.pad_token_id)
