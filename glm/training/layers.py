@@ -1,6 +1,6 @@
 """How decoder layers run in training: compiled one by one, and keeping as many activations as memory allows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -38,21 +38,31 @@ def layers_run(
     but attention and the products that do not widen (of a GLM block: the MLP's first half and what is elementwise).
     `fused`: by `fused_layer`, for a model that `can_fuse`.
     """
-    run: Callable[..., Tensor] = {"none": _forward, "selective": _selective, "full": _full}[checkpointing]
+    run: Callable[..., Tensor] = {"none": run_layer, "selective": _selective, "full": _full}[checkpointing]
     if compiled and checkpointing == "full" and quantized(model):
         # torch 2.11 loses the marks of what to compute again in bitsandbytes' functions, and keeps everything.
-        run = partial(_full, run=torch.compile(_forward))
+        run = partial(_full, run=torch.compile(run_layer))
     elif compiled:
         run = torch.compile(run)
     layers = decoder_layers(model)
-    with lean_int8(model), fused_blocks(layers) if fused else nullcontext([None] * len(layers)) as blocks:
-        for layer, block in zip(layers, blocks, strict=True):
-            layer.forward = partial(run, layer, block)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
+    with (
+        lean_int8(model),
+        fused_blocks(layers) if fused else nullcontext([None] * len(layers)) as blocks,
+        forwards_are(run, layers, blocks),
+    ):
+        yield
+
+
+@contextmanager
+def forwards_are(run: Callable[..., Tensor], layers: list[nn.Module], blocks: Sequence[Block | None]) -> Iterator[None]:
+    """Inside, the forward of each of the `layers` is `run(layer, block, …)`."""
+    for layer, block in zip(layers, blocks, strict=True):
+        layer.forward = partial(run, layer, block)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def quantized(model: nn.Module) -> bool:
@@ -126,7 +136,8 @@ def _has_dropout(module: LoraLayer) -> bool:
     return any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
 
 
-def _forward(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def run_layer(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's forward as it is, or by `fused_layer` with its `block`."""
     if block is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     return fused_layer(layer, block, hidden_states, *args, **kwargs)
@@ -137,7 +148,7 @@ def _full(
     block: Block | None,
     hidden_states: Tensor,
     *args: Any,
-    run: Callable[..., Tensor] = _forward,
+    run: Callable[..., Tensor] = run_layer,
     **kwargs: Any,
 ) -> Tensor:
     def forward(states: Tensor) -> Tensor:
@@ -148,7 +159,7 @@ def _full(
 
 def _selective(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     def forward(states: Tensor) -> Tensor:
-        return _forward(layer, block, states, *args, **kwargs)
+        return run_layer(layer, block, states, *args, **kwargs)
 
     return checkpoint(forward, hidden_states, use_reentrant=False, context_fn=_keep_narrow)
 

@@ -9,10 +9,9 @@ import torch
 from glm import config
 from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
-from glm.training.actors import pack
-from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
+from glm.training.answer_logprobs import answer_logprobs, ranking_size, reference_logprobs, rows_of
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
-from glm.training.packing import token_count
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
 from tests.model.test_packing import adapted, prefix_examples
@@ -128,21 +127,24 @@ def test_packed_padded_and_reference_log_probabilities_agree(share_prompt: bool,
     rows = rankings(answers=3)
     cut = rows[0]["sequences"]
     cut[2] = cut[1][:-1]  # what these two have in common is longer than the prompt
-    packing = packing_of(actors, config.Dpo(tokens_per_forward=64, share_prompt=share_prompt))
-    assert (token_count(rows, packing) < token_count(rows, None)) == share_prompt
-    assert packing is not None and packing_of(actors, config.Dpo(packing=False)) is None
-    packed, lengths = answer_logprobs(actors, "policy", rows, packing, TOKENIZER.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", rows, None, TOKENIZER.pad_token_id)
+    padding = make_actors(tmp_path)
+    padding.pad_rows()
+    assert actors.packed and actors.joint and not padding.packed
+    packed, lengths = answer_logprobs(actors, "policy", rows, share_prompt=share_prompt)
+    padded, _ = answer_logprobs(padding, "policy", rows, share_prompt=share_prompt)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
     one, other = (
-        torch.autograd.grad(sums.sum(), list(actors.policy.values()), retain_graph=True) for sums in (packed, padded)
+        torch.autograd.grad(sums.sum(), list(those.policy.values()), retain_graph=True)
+        for those, sums in ((actors, packed), (padding, padded))
     )
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     wanted = [len(ids) - start for row in rows for ids, start in zip(row["sequences"], row["starts"], strict=True)]
     assert lengths.tolist() == wanted
     # the reference is a copy of the policy here, and its numbers are computed in several forward passes
-    assert len(rows_of(rows, packing, 64)) > 1
-    reference = reference_logprobs(actors, rows, packing, TOKENIZER.pad_token_id, 64)
+    size, unshared = (ranking_size(those, share_prompt=share_prompt) for those in (actors, padding))
+    assert (sum(map(size, rows)) < sum(map(unshared, rows))) == share_prompt
+    assert len(rows_of(rows, size, 64)) > 1
+    reference = reference_logprobs(actors, rows, 64, share_prompt=share_prompt)
     torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
 
 
@@ -161,10 +163,10 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
         prompt = ranking["sequences"][0][: ranking["starts"][0]]
         ranking["sequences"][1] = prompt + ranking["sequences"][1][ranking["starts"][1] :]
         ranking["starts"][1] = len(prompt)
-    packing = packing_of(actors, config.Dpo())
-    assert packing is not None and packing.prefix_lm is not None
-    packed, _ = answer_logprobs(actors, "policy", found, packing, base.config.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", found, None, base.config.pad_token_id)
+    assert actors.packed
+    packed, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
+    actors.pad_rows()
+    padded, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
 
 
@@ -210,7 +212,7 @@ def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     inputs = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts(8)])
     asked, samples = drawn[0]
     torch.testing.assert_close(inputs["old_logps"], samples.logprobs.sum(-1), atol=1e-3, rtol=0)
-    scores = actors.score(pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device))
+    scores = actors.score(batch_of(asked, samples.answers, actors.model.device))
     grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
     wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)
