@@ -245,9 +245,8 @@ def main() -> None:
     rollout_error, forward_error = rounding(actors, prompts[:rows], params)
     console = Console(width=120)
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    console.print(
-        f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {rows} x ({'about ' * options.vary}{length} + {length})"
-    )
+    size = f"{rows} x ({'about ' if options.vary else ''}{length} + {length})"
+    console.print(f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {size}")
     console.print(steps, decoding)
     console.print(
         f"mean error of the answers' log-probabilities against float32: rollout {rollout_error:.4f}, "
