@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -119,14 +119,22 @@ def serve(
     top_p: TopP = 0.7,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
     log_content: Annotated[bool, typer.Option(help="also log what is asked and answered")] = False,
+    engine: Annotated[
+        Literal["own", "vllm"], typer.Option(help="who computes; vllm: `vllm serve`, found in PATH, behind this server")
+    ] = "own",
+    engine_url: Annotated[
+        str | None, typer.Option(help="of a vLLM (or glmflow) server with this model that runs already")
+    ] = None,
+    engine_api_key: Annotated[str | None, typer.Option(envvar="GLMFLOW_ENGINE_API_KEY", help="that it wants")] = None,
 ) -> None:
     """Serve a model by OpenAI's HTTP interface; requests of many clients are answered together."""
     from apps.models import resolve
     from apps.serve.app import Options
-    from apps.serve.run import check_binding
+    from apps.serve.run import EngineOptions, check_binding
     from apps.serve.run import serve as run_server
 
     check_binding(host, api_key, allow_anonymous)
+    wanted = EngineOptions(engine, engine_url, engine_api_key, max_batch, max_length, max_waiting, dtype)
     resolved = resolve(model, adapter or [])
     options = Options(
         name=name or resolved.name,
@@ -137,16 +145,7 @@ def serve(
         max_body=max_body,
         log_content=log_content,
     )
-    run_server(
-        resolved,
-        options,
-        host=host,
-        port=port,
-        max_batch=max_batch,
-        max_length=max_length,
-        max_waiting=max_waiting,
-        dtype=dtype,
-    )
+    run_server(resolved, options, wanted, host=host, port=port)
 
 
 @app.command()
@@ -309,7 +308,9 @@ def champions() -> None:
 
     table = Table("when", "what", "version", "before", "by", "why")
     for move in moves(load_params()):
-        table.add_row(move.at, move.action, move.version, move.before or "", move.by, move.reason)
+        table.add_row(
+            move.at[:16].replace("T", " "), move.action, move.version, move.before or "", move.by, move.reason
+        )
     Console().print(table)
 
 

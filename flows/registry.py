@@ -137,11 +137,9 @@ def _log_model(experiment_id: str, export_dir: str | Path, digest: str, params: 
     import mlflow
 
     tags = source_tags("flows.registry") | git_tags() | {"glmflow.step": "register", "dvc.in.models/export": digest}
-    folders, quantization = artifact_folders(export_dir)
+    folders, quantised = artifact_folders(export_dir)
     with mlflow.start_run(experiment_id=experiment_id, run_name="register", tags=tags):
-        return log_chat_model(
-            "export", params.data, *folders, quantization=quantization, tags={"dvc_md5": digest}
-        ).model_id
+        return log_chat_model("export", params.data, *folders, **quantised, tags={"dvc_md5": digest}).model_id
 
 
 def _create_version(client: "MlflowClient", name: str, model_id: str, run_id: str | None, digest: str) -> str:

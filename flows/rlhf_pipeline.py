@@ -148,7 +148,7 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | Non
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(steps, root, board, keys, parent_run, done)
         if until:
-            record_run(root, parent_run)
+            record_run(root, parent_run, until)
         else:
             with board.running("register") as line:
                 version = register_result(str(root), parent_run, ours)
@@ -214,12 +214,12 @@ def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ())
     return version
 
 
-def record_run(root: Path, parent_run: str | None) -> None:
+def record_run(root: Path, parent_run: str | None, until: str) -> None:
     """Record what a run was made from whose result is not registered."""
     from tasks.record import keep_run_record
 
     with chdir(root):
-        keep_run_record(load_params("params.yaml"), parent_run)
+        keep_run_record(load_params("params.yaml"), parent_run, until)
 
 
 @contextmanager

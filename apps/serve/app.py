@@ -33,7 +33,7 @@ from glm.data.encode import with_prefix
 from glm.errors import InputError
 from glm.models.chat_encoding import encode_messages, refuse_surrogates
 from glm.serving.answer import AnswerReader
-from glm.serving.engine import Engine, QueueFullError
+from glm.serving.request import QueueFullError, RequestQueue
 from glm.serving.sampling import SamplingParams
 from glm.serving.tools import template_messages, tool_format
 
@@ -56,7 +56,7 @@ class Options:
     feedback: Path = Path("data/feedback")
 
 
-def create_app(engine: Engine, options: Options) -> FastAPI:
+def create_app(engine: RequestQueue, options: Options) -> FastAPI:
     """The application around a running engine."""
     app = FastAPI(title="glmflow", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     metrics = Metrics(engine)
@@ -65,6 +65,7 @@ def create_app(engine: Engine, options: Options) -> FastAPI:
     started = int(time.time())
 
     @app.get("/healthz")
+    @app.get("/health")  # vLLM's name
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -75,7 +76,8 @@ def create_app(engine: Engine, options: Options) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         model = {"id": options.name, "object": "model", "created": started, "owned_by": "glmflow"}
-        return {"object": "list", "data": [model | {"version": options.version}]}
+        more = {"version": options.version, "max_model_len": engine.max_length}
+        return {"object": "list", "data": [model | more]}
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
@@ -126,7 +128,7 @@ def failure(status: int, code: str, message: str, headers: Any = None) -> JSONRe
 class Server:
     """Answers the two kinds of question."""
 
-    def __init__(self, engine: Engine, options: Options, metrics: Metrics, store: FeedbackStore) -> None:
+    def __init__(self, engine: RequestQueue, options: Options, metrics: Metrics, store: FeedbackStore) -> None:
         self.engine, self.options, self.metrics, self.store = engine, options, metrics, store
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.tool_format = tool_format(engine.tokenizer)
@@ -207,7 +209,12 @@ class Server:
         prompts = self.encoded(body.prompt)
         asked = Asked("cmpl")
         for prompt in prompts:
-            params = replace(self.params(body, body.max_tokens or 16, len(prompt)), logprobs=body.logprobs)
+            params = replace(
+                self.params(body, body.max_tokens or 16, len(prompt)),
+                logprobs=body.logprobs,
+                stop_token_ids=tuple(body.stop_token_ids or ()),
+                ignore_eos=body.ignore_eos,
+            )
             for one in self.seeded(params, body.n):
                 asked.add(prompt, one, AnswerReader(self.tokenizer, one.stop, raw=True), body.stream)
         asked.submit(self.engine)
@@ -242,13 +249,17 @@ class Server:
     def completion_choice(
         self, index: int, text: str, choice: Choice, chosen: Any, body: CompletionRequest, offset: int
     ) -> dict[str, Any]:
-        wanted = body.logprobs is not None
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": completion_logprobs(self.tokenizer, chosen, offset) if wanted else None,
-            "finish_reason": choice.finish_reason or None,
-        }
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = completion_logprobs(self.tokenizer, chosen, offset, bool(body.return_tokens_as_token_ids))
+        told = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason or None}
+        if body.return_token_ids:
+            request = choice.request
+            last = [request.ended_by] if choice.finish_reason and request.ended_by is not None else []
+            told["token_ids"] = [one.token for one in chosen] + last
+            first = len(choice.chosen) == len(chosen)  # of a stream, whose chunks are then shorter
+            told["prompt_token_ids"] = request.prompt if first else None
+        return told
 
     async def whole(self, asked: Asked, http: Request) -> None:
         """Wait for all choices; if the client goes away before, they are cancelled and their places free.
@@ -303,7 +314,7 @@ class Server:
                 self.check_size(len(one))
                 refuse_surrogates(one)
                 one = self.tokenizer(one, split_special_tokens=True)["input_ids"]
-            elif max(one) >= self.engine.model.config.vocab_size:
+            elif max(one) >= self.engine.vocab_size:
                 raise InputError(f"prompt: {max(one)} is no token of this model")
             self.engine.check(one)
             out.append(one)
