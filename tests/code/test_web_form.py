@@ -113,6 +113,9 @@ def test_an_export_goes_below_exports() -> None:
     options = {one: False if one.is_box else "" for one in parameters() if one.section == "export"}
     words = words_of("models/sft", "mine/v1", options)
     assert words[:3] == ["export", "models/sft", "exports/mine/v1"]
+    for model, folder in (("--help", "a"), ("models/sft", "."), ("models/sft", "./"), ("", "a"), ("models/sft", " ")):
+        with pytest.raises(InputError):
+            words_of(model, folder, options)
 
 
 def test_beyond_this_machine_a_password_is_needed() -> None:
