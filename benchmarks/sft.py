@@ -202,6 +202,7 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._dynamo.config.recompile_limit = 100  # a stage has a process to itself; here all rows compile the same code
     logging.basicConfig(format="  (%(message)s)")
     logging.getLogger("glm").setLevel(logging.INFO)
     began = time.perf_counter()
@@ -249,7 +250,7 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
         for way, share in WAYS.items():
             values = {**FINAL, "share_prompt": share}
             what = f"{answers} answers to prompts of about {prompt} tokens, " + ("shared" if share else "not shared")
-            row(name + way, what, partial(ours, values=values, steps=12, data=data), kind)
+            row(name + way, what, partial(ours, values=values, steps=28, data=data), kind)
 
     reference = Sft.model_validate({**LORA, "lora_dropout": 0.1})  # the reference's defaults
     shipped = partial(stock, rows=examples(), lora=reference, batch_size=4, steps=16, first=6)
