@@ -378,6 +378,13 @@ def main() -> None:
     except FlowError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        from tasks.tracking import store_failure
+
+        if not (failure := store_failure(error)):
+            raise
+        print(failure, file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,13 @@ def source_of_name(name: str, adapters: Sequence[str]) -> "Lineage":
         source = above(name)
         source = replace(source, adapters=(*source.adapters, *adapters))
     else:
-        source = Lineage(found.base, found.revision, quantization=found.quantization, adapters=found.adapters)
+        source = Lineage(
+            found.base,
+            found.revision,
+            quantization=found.quantization,
+            double_quantization=found.double_quantization,
+            adapters=found.adapters,
+        )
     base, revision = source_of(source.base, source.revision)
     return replace(source, base=base, revision=revision)
 

@@ -1,8 +1,8 @@
 """SFT and reward training, from transformers + PEFT as shipped to this project's path, one change at a time.
 
-    python benchmarks/sft.py                          # the whole table; its nf4, fp4 and int8 need bitsandbytes
-    python benchmarks/sft.py --only final,selective   # single rows
-    python benchmarks/sft.py --cpu                    # packed against padded on the embedded model and its data
+    python -m benchmarks.sft                          # the whole table; its nf4, fp4 and int8 need bitsandbytes
+    python -m benchmarks.sft --only final,selective   # single rows
+    python -m benchmarks.sft --cpu                    # packed against padded on the embedded model and its data
 
 On the GPU: a ChatGLM2-6B shape (6.2 B parameters, random weights, bfloat16), LoRA r=8 on query_key_value (q, k and v),
 examples of alpaca-like lengths (log-normal, 24 to 1,024 tokens, mean about 200; the first quarter is the prompt). All
@@ -28,9 +28,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from rich.console import Console
-from shapes import LENGTHS, chatglm1, chatglm2, examples, pairs, prefix_examples, quantize
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.shapes import LENGTHS, chatglm1, chatglm2, examples, pairs, prefix_examples, quantize
 from glm.config import Reward, Sft, load_params
 from glm.data.collate import pad, pad_ids
 from glm.models.adapters import add_lora

@@ -50,7 +50,13 @@ def prefect_api() -> Iterator[None]:
             process = stack.enter_context(guard.running(command, cwd=ROOT, env=os.environ, stdout=log))
             wait_until_up(url, process, LOG)
         with temporary_settings({PREFECT_API_URL: url}):
-            yield
+            try:
+                yield
+            except httpx.TransportError:  # it has gone away: nobody to send to
+                raise
+            except Exception:
+                send_rest()
+                raise
             send_rest()
         process.terminate()
 

@@ -10,6 +10,7 @@ there and to git's `origin` after: `dvc exp pull origin NAME` brings it to any o
 
 import fcntl
 import getpass
+import json
 import os
 import shutil
 import socket
@@ -69,7 +70,11 @@ def parse_value(name: str, text: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            pass
+            return value
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # dates, sets, lists that hold themselves
+        raise InputError(f"{name}: {text!r}: expected a number, a text, or a list or mapping of them") from None
     return value
 
 

@@ -82,6 +82,8 @@ __all__ = [
     "validate_params",
 ]
 
+LONGEST = 100  # characters of a wrong value that a message shows
+
 
 class Params(Section):
     """All of params.yaml."""
@@ -275,7 +277,10 @@ def _explain(fault: Any) -> str:
         )
         return f"unknown key {name}; {hint}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{name}: {message} (found {fault['input']!r})" if fault["type"] != "value_error" else f"{name}: {message}"
+    if fault["type"] == "value_error":
+        return f"{name}: {message}"
+    found = repr(fault["input"])
+    return f"{name}: {message} (found {found if len(found) <= LONGEST else f'{found[:LONGEST]}…'})"
 
 
 def _known_names(location: list[str]) -> list[str]:

@@ -150,7 +150,9 @@ CHINESE = {
     "of the export: bitsandbytes' nf4, or the authors' (cpm-…)": (
         "导出的量化：bitsandbytes 的 nf4，或原作者的（cpm-…）"
     ),
-    "owner/name of a model on the hub, made or updated; empty: none": ("hub 上的 owner/name，新建或更新；留空：不上传"),
+    "owner/name on the hub of what becomes the champion; empty: none": (
+        "成为 champion 的模型上传到 hub 上的 owner/name；留空：不上传"
+    ),
     "a model that is new on the hub is seen by its owner alone": "新建的 hub 模型只有所有者可见",
     "one a GPU; without a GPU, on the CPU": "每块 GPU 一个进程；没有 GPU 时用 CPU",
     "who holds the weights, gradients and moments of method full in SFT and reward model: each process all of "

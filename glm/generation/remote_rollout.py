@@ -7,6 +7,7 @@ machine, or shares the folder. `glmflow serve BASE --enable-lora FOLDER` speaks 
 0.28: /v1/load_lora_adapter, /v1/unload_lora_adapter, /v1/completions).
 """
 
+import json
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,13 @@ from typing import Any, Self
 import httpx
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
 from glm.errors import InputError
-from glm.files import replace_folder
+from glm.files import replace_folder, write_json
 from glm.generation.vllm_client import NO_DEFAULTS, RemoteError, check_status, open_client, served_model
 from glm.models.adapters import causal_lm, save_lora
 
@@ -42,7 +44,7 @@ class RemoteRollout:
         self.url = url
         self.folder = folder.resolve()
         self.client = open_client(url, api_key, CONNECTIONS)
-        served_model(self.client)
+        self.splits = served_model(self.client).get("owned_by") == "vllm"
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         self.loaded = ""  # name of the adapter that the server has
         self.checked = False  # whether its log-probabilities were compared with the policy's own
@@ -121,6 +123,8 @@ class RemoteRollout:
         folder = self.folder / name
         with replace_folder(folder) as temporary:
             save_lora(model, temporary, base=causal_lm(model).config.name_or_path, name=adapter)
+            if self.splits:
+                split_gate_up(temporary)
         check_status(self.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)}))
         self.loaded = name
 
@@ -140,3 +144,21 @@ class RemoteRollout:
         if reason == "stop" and ids[-1:] != [end]:
             ids = [*ids, end]
         return ids, choice["logprobs"]["token_logprobs"]
+
+
+def split_gate_up(folder: Path) -> None:
+    """Write a LoRA of a fused gate_up_proj as two, of gate_proj and up_proj: vLLM's Llama-like classes know those."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        halves = tensor.chunk(2) if ".lora_B." in name else (tensor, tensor)
+        parts = zip(("gate_proj", "up_proj"), halves, strict=True) if ".gate_up_proj." in name else [("", tensor)]
+        weights |= {name.replace("gate_up_proj", part): half.clone() for part, half in parts}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = [
+        name.replace("gate_up_proj", part)
+        for name in config["target_modules"]
+        for part in (("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("",))
+    ]
+    write_json(path, config)

@@ -25,9 +25,10 @@ from glm.training.checkpoint import Checkpoints
 from glm.training.distributed import deal, rank, world_size
 from glm.training.guards import flops_per_token
 from glm.training.layers import layers_run
+from glm.training.packing import Packing, token_count
 from glm.training.plan import Plan
 from glm.training.sharding import sharded, share_like, share_moments, whole_state
-from glm.training.trainer import Log, Progress, StepTrainer, token_count, training_arguments
+from glm.training.trainer import Log, Progress, StepTrainer, training_arguments
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -63,7 +64,7 @@ def rank_trainer_for(
                 args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set), **ddp),
                 train_dataset=plan.train_set,
                 eval_dataset=dev_set or None,
-                data_collator=Share(collator, packed=plan.packing is not None),
+                data_collator=Share(collator, plan.packing),
                 eval_batch_size=params.per_device_eval_batch_size,
                 log=log,
                 log_speed=log_speed,
@@ -81,12 +82,12 @@ class Share:
     those of the whole step.
     """
 
-    def __init__(self, collator: Collator, *, packed: bool) -> None:
+    def __init__(self, collator: Collator, packing: Packing | None) -> None:
         self.collator = collator
-        self.packed = packed
+        self.packing = packing
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        parts = [self.collator(share) for share in shares(step, world_size(), packed=self.packed) if share]
+        parts = [self.collator(share) for share in shares(step, world_size(), self.packing) if share]
         own = parts[rank()]["micro_batches"] if rank() < len(parts) else []
         most = max(len(part["micro_batches"]) for part in parts)
         spare = (own or parts[0]["micro_batches"])[-1]
@@ -94,16 +95,16 @@ class Share:
         return counts | {"micro_batches": own + [spare] * (most - len(own)), "idle": most - len(own)}
 
 
-def shares(step: list[Any], number: int, *, packed: bool) -> list[list[Any]]:
+def shares(step: list[Any], number: int, packing: Packing | None) -> list[list[Any]]:
     """The items of a step, dealt out so that all are ready at the same time; the last ones may get nothing.
 
-    Packed examples are dealt by tokens. Rows that `PackedRows` has filled stay together if their number allows it.
-    Padded ones go round by length, so that all have as many, and of like lengths.
+    Packed examples are dealt by the tokens that are computed of them. Rows that `PackedRows` has filled stay together
+    if their number allows it. Padded ones go round by length, so that all have as many, and of like lengths.
     """
     if isinstance(step[0], list) and len(step) % number:
         step = [example for row in step for example in row]
-    sizes = [token_count(item) for item in step]
-    if packed:
+    sizes = [token_count(item, packing) for item in step]
+    if packing is not None:
         dealt = deal(sizes, number)
     else:
         order = sorted(range(len(step)), key=lambda index: sizes[index], reverse=True)

@@ -37,6 +37,8 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:8000"}
         ({"sft": {"lora_rank": "eight"}}, ["sft.lora_rank", "integer", "'eight'"]),
         ({"sft": {"lora_rank": 0}}, ["sft.lora_rank", "greater than or equal to 1", "0"]),
         ({"sft": {"method": "lorra"}}, ["sft.method", "'lora'", "'lorra'"]),
+        ({"sft": {"num_train_epochs": float("inf")}}, ["sft.num_train_epochs", "finite"]),
+        ({"sft": {"method": "x" * 1000}}, ["sft.method", f"{'x' * 99}…"]),
         ({"ppo": {"learning_rate": 1.5}}, ["ppo.learning_rate", "less than 1", "1.5"]),
         ({"ppo": {"batch_size": 10, "mini_batch_size": 4}}, ["ppo", "batch_size 10", "mini_batch_size 4"]),
         ({"sft": {"max_steps": 0}}, ["sft", "max_steps 0"]),

@@ -66,6 +66,14 @@ def test_faults_stand_at_their_fields() -> None:
     assert name in ("sft.method", "model.quantization") and "no gradient can move" in message
 
 
+@pytest.mark.parametrize("text", ["[", "&a [*a]", "2026-11-24", "!!set {a}", "{? [1] : 2}", "1e400", "nan", "x" * 9999])
+def test_whatever_is_typed_is_a_fault_of_a_line(text: str) -> None:
+    typed = [one.name for one in parameters() if not (one.choices or one.is_text or one.is_list)]
+    faults = read_form(current() | dict.fromkeys(typed, text)).faults
+    assert set(faults) == set(typed)
+    assert all(message and "\n" not in message and len(message) < 300 for message in faults.values())
+
+
 @pytest.mark.parametrize(
     "path", ["../x", "data/../../x", "/etc/passwd", "~/x", "~root", "file:///etc/passwd", "models/..", "a\0b", "x:../y"]
 )

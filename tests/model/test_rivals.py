@@ -9,8 +9,8 @@ import torch
 from glm import config
 from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
-from glm.training.actors import pack
-from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
+from glm.training.answer_logprobs import answer_logprobs, reference_logprobs, rows_of
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
@@ -124,20 +124,22 @@ def test_raft_keeps_the_best_of_each_prompt() -> None:
 def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> None:
     actors = make_actors(tmp_path)
     rows = rankings(answers=3)
-    packing = packing_of(actors, config.Dpo(tokens_per_forward=64))
-    assert packing is not None and packing_of(actors, config.Dpo(packing=False)) is None
-    packed, lengths = answer_logprobs(actors, "policy", rows, packing, TOKENIZER.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", rows, None, TOKENIZER.pad_token_id)
+    padding = make_actors(tmp_path)
+    padding.pad_rows()
+    assert actors.packed and actors.joint and not padding.packed
+    packed, lengths = answer_logprobs(actors, "policy", rows)
+    padded, _ = answer_logprobs(padding, "policy", rows)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
     one, other = (
-        torch.autograd.grad(sums.sum(), list(actors.policy.values()), retain_graph=True) for sums in (packed, padded)
+        torch.autograd.grad(sums.sum(), list(those.policy.values()), retain_graph=True)
+        for those, sums in ((actors, packed), (padding, padded))
     )
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     wanted = [len(ids) - start for row in rows for ids, start in zip(row["sequences"], row["starts"], strict=True)]
     assert lengths.tolist() == wanted
     # the reference is a copy of the policy here, and its numbers are computed in several forward passes
-    assert len(rows_of(rows, packing, 64)) > 1
-    reference = reference_logprobs(actors, rows, packing, TOKENIZER.pad_token_id, 64)
+    assert len(rows_of(rows, 64)) > 1
+    reference = reference_logprobs(actors, rows, 64)
     torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
 
 
@@ -152,10 +154,10 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
         }
         for pair in (rows[:2], rows[2:4], rows[4:])
     ]
-    packing = packing_of(actors, config.Dpo())
-    assert packing is not None and packing.prefix_lm is not None
-    packed, _ = answer_logprobs(actors, "policy", found, packing, base.config.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", found, None, base.config.pad_token_id)
+    assert actors.packed
+    packed, _ = answer_logprobs(actors, "policy", found)
+    actors.pad_rows()
+    padded, _ = answer_logprobs(actors, "policy", found)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
 
 
@@ -201,7 +203,7 @@ def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     inputs = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts(8)])
     asked, samples = drawn[0]
     torch.testing.assert_close(inputs["old_logps"], samples.logprobs.sum(-1), atol=1e-3, rtol=0)
-    scores = actors.score(pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device))
+    scores = actors.score(batch_of(asked, samples.answers, actors.model.device))
     grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
     wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)

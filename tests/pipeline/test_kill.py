@@ -170,6 +170,19 @@ def test_guard_survives_being_told_many_times(tmp_path: Path, attempt: int) -> N
     assert not psutil.wait_procs(family, timeout=15)[1]
 
 
+def test_what_a_killed_guard_leaves_behind_is_stopped(tmp_path: Path) -> None:
+    """And at once: a training would otherwise be at work unseen, with the lock and the GPU, until it ends."""
+    command = [sys.executable, "-c", SPAWN, SLEEP]
+    with guard.running(command, cwd=tmp_path, env=os.environ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert process.stdout.read() == ""  # its end: all who could write are gone
+    assert process.returncode == -signal.SIGKILL
+    assert len(family) == 2
+    assert not psutil.wait_procs(family, timeout=15)[1]
+
+
 def test_guard_keeps_the_time_limit(tmp_path: Path) -> None:
     started = time.monotonic()
     with guard.running([sys.executable, "-c", SLEEP], cwd=tmp_path, env=os.environ, time_limit=1) as process:
