@@ -314,7 +314,9 @@ def champions() -> None:
 
     table = Table("when", "what", "version", "before", "by", "why")
     for move in moves(load_params()):
-        table.add_row(move.at, move.action, move.version, move.before or "", move.by, move.reason)
+        table.add_row(
+            move.at[:16].replace("T", " "), move.action, move.version, move.before or "", move.by, move.reason
+        )
     Console().print(table)
 
 

@@ -88,13 +88,10 @@ def resolve(name: str, adapters: Sequence[str] = ()) -> Resolved:
         found = _of_run(name)
     else:
         found = _local_or_hub(name)
-    if not adapters:
-        return found
     for adapter in adapters:
-        if not Path(adapter).exists():
-            raise InputError(f"adapter: {adapter}: no such folder{_beside(adapter)}")
-        _refuse_reward_model("adapter", Path(adapter))
-    return replace(found, name=" + ".join([name, *adapters]), adapters=(*found.adapters, *adapters))
+        _check_adapter(adapter, found)
+        found = replace(found, name=f"{found.name} + {adapter}", adapters=(*found.adapters, adapter))
+    return found
 
 
 def _local_or_hub(name: str) -> Resolved:
@@ -131,6 +128,27 @@ def _local_or_hub(name: str) -> Resolved:
     if base == str(folder) and not (folder / "config.json").exists():
         raise InputError(f"model: {name}: holds neither a model (config.json) nor an adapter (adapter_config.json)")
     return Resolved(name, base, revision)
+
+
+def _check_adapter(adapter: str, below: Resolved) -> None:
+    """Refuse an adapter that was trained on other adapters than those of `below`: together they answer nonsense."""
+    from glm.models.lineage import FILE_NAME
+
+    folder = Path(adapter)
+    if not folder.exists():
+        raise InputError(f"adapter: {adapter}: no such folder{_beside(adapter)}")
+    _refuse_reward_model("adapter", folder)
+    if not (folder / FILE_NAME).exists():
+        return
+    record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    if record["base"] is None:
+        raise InputError(f"adapter: {adapter}: a whole model; name it as the model")
+    if len(record["adapters"]) != len(below.adapters):
+        stood_on = [Path(entry["path"]).name for entry in (record["base"], *record["adapters"])]
+        raise InputError(
+            f"adapter: {adapter}: was trained on {' + '.join(stood_on)}, not on {below.describe()}; as a model of its "
+            "own it brings what it stands on"
+        )
 
 
 def _refuse_reward_model(field: str, folder: Path) -> None:

@@ -168,4 +168,5 @@ CHINESE = {
     "packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where the loss looks": (
         "打包且 LoRA 无 dropout 时，用更少更省的步骤计算 Glm 层，最后一层只算损失用到的位置"
     ),
+    "packed answers of a ranking share the computation of their prompt": "打包时，同一排序的各回答共用一次提示的计算",
 }

@@ -79,6 +79,7 @@ class Offline(Rival, Tuned):
     """Learns from the ranked answers of data.reward, packed side by side."""
 
     packing: bool = True
+    share_prompt: bool = Field(True, description="packed answers of a ranking share the computation of their prompt")
     tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
 
 

@@ -20,6 +20,7 @@ from glm.config import Data
 from glm.errors import InputError
 from glm.models import load_model, load_tokenizer
 from glm.models.adapters import save_lora, save_score
+from glm.models.lineage import Lineage, write_lineage
 from glm.serving.engine import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,15 @@ def test_names_of_nothing_are_refused_with_what_to_do(tmp_path: Path) -> None:
             resolve(name)
     with pytest.raises(InputError, match="adapter"):
         resolve(str(TINY), ["nowhere"])
+
+
+def test_an_adapter_is_put_on_what_it_was_trained_on(tmp_path: Path, adapter: Path) -> None:
+    upper = tmp_path / "upper"
+    shutil.copytree(adapter, upper)
+    write_lineage(upper, upper, "lora", Lineage(str(TINY), adapters=(str(adapter),)))
+    assert resolve(str(TINY), [str(adapter), str(upper)]).adapters == (str(adapter), str(upper))
+    with pytest.raises(InputError, match=rf"was trained on {TINY.name} \+ {adapter.name}, not on {TINY}; as a model"):
+        resolve(str(TINY), [str(upper)])
 
 
 def test_a_reward_model_does_not_chat(tmp_path: Path, adapter: Path) -> None:
