@@ -125,6 +125,9 @@ def serve(
     engine_url: Annotated[
         str | None, typer.Option(help="of a vLLM (or glmflow) server with this model that runs already")
     ] = None,
+    enable_lora: Annotated[
+        Path | None, typer.Option(help="folder below which clients may load adapters (own engine); empty: they may not")
+    ] = None,
     engine_api_key: Annotated[str | None, typer.Option(envvar="GLMFLOW_ENGINE_API_KEY", help="that it wants")] = None,
 ) -> None:
     """Serve a model by OpenAI's HTTP interface; requests of many clients are answered together."""
@@ -134,6 +137,8 @@ def serve(
     from apps.serve.run import serve as run_server
 
     check_binding(host, api_key, allow_anonymous)
+    if enable_lora and (engine_url or engine != "own"):
+        raise InputError("enable-lora: adapters are loaded into this server's own engine; vLLM has the option itself")
     wanted = EngineOptions(engine, engine_url, engine_api_key, max_batch, max_length, max_waiting, dtype)
     resolved = resolve(model, adapter or [])
     options = Options(
@@ -144,6 +149,7 @@ def serve(
         api_key=api_key,
         max_body=max_body,
         log_content=log_content,
+        lora_folder=enable_lora,
     )
     run_server(resolved, options, wanted, host=host, port=port)
 

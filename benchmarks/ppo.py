@@ -1,6 +1,7 @@
 """How fast is one PPO step, and where does the time go?
 
     python -m benchmarks.ppo                       # a 6.2 B Glm on one H100, under four minutes
+    python -m benchmarks.ppo --vary                # prompts of different lengths, so that there is padding to save
     python -m benchmarks.ppo --tiny --device cpu   # tries the script out
 
 A Glm of ChatGLM2-6B's shape with random bfloat16 weights made on the device; a rank-8 LoRA each for policy, reference
@@ -190,13 +191,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, and of an answer")
+    parser.add_argument("--vary", action="store_true", help="prompts of a fourth to seven fourths of that length")
     parser.add_argument("--parts", type=int, default=12, help="gradient_accumulation_steps")
     options = parser.parse_args()
     rows, length, device = options.rows, options.length, options.device
     model = build(device, options.tiny)
     actors = make_actors(model, options.target)
     draw = torch.Generator().manual_seed(1)
-    prompts = torch.randint(100, model.config.vocab_size, (2 * rows, length), generator=draw).tolist()
+    prompts = torch.randint(100, model.config.vocab_size, (2 * rows, 2 * length), generator=draw).tolist()
+    lengths = [length] * len(prompts)
+    if options.vary:
+        lengths = torch.linspace(length // 4, 7 * length // 4, 2 * rows)[torch.randperm(2 * rows, generator=draw)].int()
+    prompts = [prompt[:size] for prompt, size in zip(prompts, lengths, strict=True)]
     params = Ppo(
         batch_size=rows,
         mini_batch_size=rows,
@@ -239,7 +245,8 @@ def main() -> None:
     rollout_error, forward_error = rounding(actors, prompts[:rows], params)
     console = Console(width=120)
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    console.print(f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {rows} x ({length} + {length})")
+    size = f"{rows} x ({'about ' if options.vary else ''}{length} + {length})"
+    console.print(f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {size}")
     console.print(steps, decoding)
     console.print(
         f"mean error of the answers' log-probabilities against float32: rollout {rollout_error:.4f}, "

@@ -138,7 +138,7 @@ def next_lines(summary: dict[str, Any]) -> list[str]:
     if summary["registered"]:
         talk = {"make chat": "talk to the result"}
     else:  # it ended before, and DVC complains of what its later steps did not make
-        talk = {f"glmflow chat {run}": "talk to it", f"glmflow export {run} exports/mine": "a folder of it"} if run else {}
+        talk = {f"glmflow chat {run}": "talk to it", f"glmflow export {run} exports/mine": "for others"} if run else {}
         taken += "; complains of the steps that did not run"
     lines = {
         ". .venv/bin/activate": "once per terminal; then dvc, prefect, glmflow",

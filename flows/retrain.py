@@ -93,7 +93,8 @@ def already_retrained(params: Params, inputs: str) -> str:
     run = last_retraining(params)
     if run and run.data.tags.get("glmflow.inputs") == inputs:
         word = run.data.tags["glmflow.gate"]
-        return f"data, code and parameters are those of the last retraining, {run.info.run_name} ({word})"
+        last = f"the last retraining, {run.info.run_name} ({word})"
+        return f"data, code and parameters are those of {last}; with other bounds, --force asks the gate again"
     return ""
 
 

@@ -39,8 +39,10 @@ def import_ahead() -> None:
 
 def quieten() -> None:
     """Leave the terminal to the progress and the report; Prefect's own log is kept by its server."""
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.CRITICAL + 1)
+    for name in ("", "prefect._internal"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+    logging.raiseExceptions = False  # nor what could not be sent to a server that went away
 
 
 def exit_status(command: Callable[[], int], stopped: str) -> int:

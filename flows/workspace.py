@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,8 @@ def remove_leftovers() -> None:
 def remove(root: Path) -> None:
     """Remove a worktree and its lock file, whatever state it is in."""
     shutil.rmtree(root, ignore_errors=True)
+    with suppress(CommandError):  # git locks one while it makes it, and prunes none such
+        git("worktree", "unlock", str(root))
     git("worktree", "prune")
     lock_file(root).unlink(missing_ok=True)
 

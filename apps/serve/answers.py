@@ -42,10 +42,11 @@ class Choice:
 
 
 class Asked:
-    """A question with all its choices on the way; `id` is the answer's."""
+    """A question with all its choices on the way; `id` is the answer's, `model` what the client asked for."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, model: str, lora: str) -> None:
         self.id = f"{kind}-{uuid.uuid4().hex}"
+        self.model, self.lora = model, lora
         self.created = int(time.time())
         self.choices: list[Choice] = []
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -58,7 +59,7 @@ class Asked:
         def deliver(event: Event) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        self.choices.append(Choice(Request(prompt, params, reader, deliver, stream)))
+        self.choices.append(Choice(Request(prompt, params, reader, deliver, stream, self.lora)))
 
     def submit(self, engine: RequestQueue) -> None:
         """Ask for all choices (see `RequestQueue.submit` for what is raised)."""

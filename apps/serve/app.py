@@ -27,12 +27,14 @@ from apps.serve.answers import (
 )
 from apps.serve.feedback import FeedbackStore
 from apps.serve.guard import Guard, error_body
+from apps.serve.loras import add_lora_routes
 from apps.serve.metrics import Metrics
 from apps.serve.schema import ChatRequest, CompletionRequest, Feedback, Sampling
 from glm.data.encode import with_prefix
 from glm.errors import InputError
 from glm.models.chat_encoding import encode_messages, refuse_surrogates
 from glm.serving.answer import AnswerReader
+from glm.serving.engine import Engine
 from glm.serving.request import QueueFullError, RequestQueue
 from glm.serving.sampling import SamplingParams
 from glm.serving.tools import template_messages, tool_format
@@ -54,6 +56,7 @@ class Options:
     max_body: int = 2_000_000  # bytes
     log_content: bool = False
     feedback: Path = Path("data/feedback")
+    lora_folder: Path | None = None  # below which adapters may be loaded by clients
 
 
 def create_app(engine: RequestQueue, options: Options) -> FastAPI:
@@ -77,7 +80,8 @@ def create_app(engine: RequestQueue, options: Options) -> FastAPI:
     async def models() -> dict[str, Any]:
         model = {"id": options.name, "object": "model", "created": started, "owned_by": "glmflow"}
         more = {"version": options.version, "max_model_len": engine.max_length}
-        return {"object": "list", "data": [model | more]}
+        loras = [model | {"id": name, "parent": options.name} for name in engine.lora_names()]
+        return {"object": "list", "data": [model | more, *loras]}
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
@@ -90,6 +94,9 @@ def create_app(engine: RequestQueue, options: Options) -> FastAPI:
     @app.post("/v1/feedback")
     async def feedback(body: Feedback) -> dict[str, str]:
         return {"id": body.id, "stored": store.add(body).name}
+
+    if options.lora_folder is not None and isinstance(engine, Engine):
+        add_lora_routes(app, engine, options.lora_folder)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -135,7 +142,7 @@ class Server:
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """An answer to a dialogue."""
-        self.check_model(body.model)
+        lora = self.lora_of(body.model)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         if tools and self.tool_format is None:
             raise InputError("tools: this model's prompt format has no place for them (ChatGLM3 and GLM-4 have)")
@@ -150,7 +157,7 @@ class Server:
         params = self.params(body, body.max_completion_tokens or body.max_tokens, len(chat.input_ids))
         if body.logprobs:
             params = replace(params, logprobs=body.top_logprobs or 0)
-        asked = Asked("chatcmpl")
+        asked = Asked("chatcmpl", body.model, lora)
         form = self.tool_format if tools else None
         for one in self.seeded(params, body.n):
             asked.add(chat.input_ids, one, AnswerReader(self.tokenizer, one.stop, tool_format=form), body.stream)
@@ -205,9 +212,9 @@ class Server:
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         """Continuations of plain text."""
-        self.check_model(body.model)
+        lora = self.lora_of(body.model)
         prompts = self.encoded(body.prompt)
-        asked = Asked("cmpl")
+        asked = Asked("cmpl", body.model, lora)
         for prompt in prompts:
             params = replace(
                 self.params(body, body.max_tokens or 16, len(prompt)),
@@ -320,9 +327,13 @@ class Server:
             out.append(one)
         return out
 
-    def check_model(self, name: str) -> None:
-        if name != self.options.name:
+    def lora_of(self, name: str) -> str:
+        """The adapter that a model's name stands for; "" for the model itself."""
+        if name == self.options.name:
+            return ""
+        if name not in self.engine.lora_names():
             raise HTTPException(404, f"model {name!a} is not served here; /v1/models lists {self.options.name!r}")
+        return name
 
     def check_size(self, characters: int) -> None:
         most = CHARACTERS_PER_TOKEN * self.engine.max_length
@@ -331,7 +342,7 @@ class Server:
 
     def head(self, asked: Asked, kind: str) -> dict[str, Any]:
         """What answers and all chunks begin with."""
-        return {"id": asked.id, "object": kind, "created": asked.created, "model": self.options.name}
+        return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
 
     def ended(self, asked: Asked, messages: list[dict[str, Any]] | None) -> None:
         """Count, log and remember an answer."""

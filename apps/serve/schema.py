@@ -125,6 +125,14 @@ class CompletionRequest(Sampling):
     return_tokens_as_token_ids: bool | None = Field(None, description="tokens in logprobs are written token_id:ID")
 
 
+class UnloadLora(Body):
+    lora_name: Name
+
+
+class LoadLora(UnloadLora):
+    lora_path: Name = Field(description="folder of an adapter in PEFT's format, as this server sees it")
+
+
 class Feedback(Body):
     """One of: a thumb (`label`), the better of two answers (`chosen`, `rejected`), a `ranking`, a `better` text."""
 

@@ -8,6 +8,10 @@ CHINESE = {
     "frozen weights in 4 or 8 bits: bitsandbytes (nf4, fp4, int8), or the authors' (cpm-…)": (
         "冻结权重用 4 或 8 位：bitsandbytes（nf4、fp4、int8），或原作者的格式（cpm-…）"
     ),
+    "vllm: a server that gets the LoRA before each batch": "vllm：由服务器采样，每批之前把 LoRA 交给它",
+    "vllm: of `vllm serve BASE --enable-lora`, on this machine": (
+        "vllm：本机上 `vllm serve BASE --enable-lora` 的地址"
+    ),
     "of nf4 and fp4: the scales are quantised too": "用于 nf4 和 fp4：缩放系数也做量化",
     "folders of adapters you trained before, applied in this order under everything": (
         "之前训练好的适配器文件夹，按此顺序叠加在最底层"
@@ -164,4 +168,5 @@ CHINESE = {
     "packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where the loss looks": (
         "打包且 LoRA 无 dropout 时，用更少更省的步骤计算 Glm 层，最后一层只算损失用到的位置"
     ),
+    "packed answers of a ranking share the computation of their prompt": "打包时，同一排序的各回答共用一次提示的计算",
 }

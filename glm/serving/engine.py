@@ -13,6 +13,10 @@ products do.)
 
 import logging
 import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -29,7 +33,8 @@ from transformers import (
 from glm.data.collate import pad_ids
 from glm.errors import InputError
 from glm.generation import decode_step
-from glm.serving.request import DEFAULT_LENGTH, Request, RequestQueue, end_ids
+from glm.serving.loras import Loras
+from glm.serving.request import DEFAULT_LENGTH, QueueFullError, Request, RequestQueue, end_ids
 from glm.serving.sampling import choose
 from glm.serving.slots import Slots
 
@@ -69,6 +74,8 @@ class Engine(RequestQueue):
         self.model = model
         self.slots = Slots(model, rows=max_batch, columns=max_length) if decode_step.supports(model) else None
         self.how = "in slots" if self.slots else "batch by batch"
+        self.loras = Loras(model)
+        self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
     def __enter__(self) -> Self:
@@ -83,12 +90,50 @@ class Engine(RequestQueue):
             self._wake.notify()
         self._thread.join()
 
+    def load_lora(self, name: str, folder: Path) -> None:
+        """Take up a LoRA between two tokens; requests name it by `lora`. Raises InputError as `Loras.load`."""
+        self._between_tokens(lambda: self.loras.load(name, folder))
+
+    def lora_names(self) -> list[str]:
+        """The LoRAs that requests may name."""
+        return list(self.loras.folders)
+
+    def unload_lora(self, name: str) -> None:
+        """Forget a LoRA. Raises InputError if there is no such one, or requests want it."""
+
+        def unload() -> None:
+            if name not in self.loras.folders:
+                raise InputError(f"lora_name: the adapter {name!a} cannot be found")
+            if any(request.lora == name for request in [*self.running, *self.waiting]):
+                raise InputError(f"lora_name: requests are answered with the adapter {name!a}")
+            if name == self.loras.active:
+                self._use_lora("")
+            self.loras.unload(name)
+
+        self._between_tokens(unload)
+
+    def _between_tokens(self, job: Callable[[], None]) -> None:
+        """Have the engine's thread do something, and wait for it."""
+        done: Future[None] = Future()
+        with self._wake:
+            if self._stopping:
+                raise QueueFullError("the engine is shutting down")
+            self._jobs.append((job, done))
+            self._wake.notify()
+        done.result()
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self.waiting or self.running or self._stopping)
+                self._wake.wait_for(lambda: self.waiting or self.running or self._jobs or self._stopping)
                 if self._stopping:
                     break
+            while self._jobs:
+                job, done = self._jobs.popleft()
+                try:
+                    done.set_result(job())
+                except Exception as error:
+                    done.set_exception(error)
             try:
                 if self.slots:
                     self._turn(self.slots)
@@ -98,6 +143,8 @@ class Engine(RequestQueue):
                 log.exception("a batch failed")
                 self._fail(str(error).splitlines()[0] if str(error) else type(error).__name__)
         self._fail("the server is shutting down")
+        for _, done in self._jobs:
+            done.set_exception(QueueFullError("the engine is shutting down"))
 
     @torch.no_grad()
     def _turn(self, slots: Slots) -> None:
@@ -108,6 +155,7 @@ class Engine(RequestQueue):
             slots.drop(self._leave())
         if arrived := self._admitted():
             self.running += arrived
+            self._use_lora(arrived[0].lora)
             self._advance(arrived, slots.admit([request.prompt for request in arrived]))
             slots.drop(self._leave())
 
@@ -117,6 +165,7 @@ class Engine(RequestQueue):
         self.running = self._admitted()
         if not self.running:
             return
+        self._use_lora(self.running[0].lora)
         batch = pad_ids([request.prompt for request in self.running], self.tokenizer.pad_token_id, "left")
         hooks = _Hooks(self, list(self.running))
         self.model.generate(
@@ -132,16 +181,27 @@ class Engine(RequestQueue):
         self._leave()
 
     def _admitted(self) -> list[Request]:
-        """Take from the queue, in its order, those for whom there is a place."""
+        """Take from the queue, in its order, those for whom there is a place; a batch has one LoRA."""
         arrived: list[Request] = []
         with self._wake:
             while self.waiting and len(self.running) + len(arrived) < self.max_batch:
+                beside = [*self.running, *arrived]
+                if beside and beside[0].lora != self.waiting[0].lora:
+                    break
                 request = self.waiting.popleft()
                 if request.cancelled:
                     self._end(request, "cancelled")
                 else:
                     arrived.append(request)
         return arrived
+
+    @torch.no_grad()
+    def _use_lora(self, name: str) -> None:
+        """Compute with this LoRA; where it is another one than before, no other request is under way."""
+        if name != self.loras.active:
+            self.loras.use(name)
+            if self.slots:
+                self.slots.follow_adapter()
 
     def _advance(self, requests: list[Request], logits: Tensor) -> None:
         """Choose each request's next token and hand out what it adds."""

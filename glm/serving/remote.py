@@ -21,10 +21,10 @@ import httpx
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from glm.errors import InputError
+from glm.generation.vllm_client import NO_DEFAULTS, RemoteError, check_status, open_client, served_model
 from glm.serving.request import DEFAULT_LENGTH, Request, RequestQueue, end_ids
 from glm.serving.sampling import Chosen
 
-PATIENCE = httpx.Timeout(300.0, connect=10.0)  # seconds between two tokens: vLLM has a queue of its own
 FAREWELL = 2.0  # seconds for requests under way, when this ends
 TOKEN = "token_id:"  # how vLLM writes a token that is not to be text
 
@@ -53,7 +53,7 @@ class RemoteEngine(RequestQueue):
         max_waiting: int = 256,
     ) -> None:
         """Raises InputError if no such server answers, or with another model's length."""
-        self.client = client_of(url, api_key, max_batch)
+        self.client = open_client(url, api_key, max_batch)
         self.model = served_model(self.client)
         longest = self.model.get("max_model_len") or DEFAULT_LENGTH
         max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length
@@ -142,7 +142,7 @@ class RemoteEngine(RequestQueue):
             "ignore_eos": wishes.ignore_eos,
             "stream": True,
             "return_token_ids": True,
-        }
+        } | NO_DEFAULTS
         if wishes.top_k:
             body["top_k"] = wishes.top_k
         if wishes.seed is not None:
@@ -150,42 +150,6 @@ class RemoteEngine(RequestQueue):
         if wishes.logprobs is not None:
             body |= {"logprobs": wishes.logprobs, "return_tokens_as_token_ids": True}
         return body
-
-
-class RemoteError(RuntimeError):
-    """The other server refused, or answered something else than was agreed."""
-
-
-def client_of(url: str, api_key: str | None, connections: int) -> httpx.Client:
-    """A client for so many requests at once; proxies of the environment are not asked."""
-    return httpx.Client(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-        timeout=PATIENCE,
-        limits=httpx.Limits(max_connections=connections),
-        trust_env=False,
-    )
-
-
-def served_model(client: httpx.Client) -> dict[str, Any]:
-    """The server's model as /v1/models describes it; adapters, which name a `parent`, are left out.
-
-    Raises:
-        InputError: nothing answers there, or not as such a server does.
-    """
-    try:
-        response = client.get("/v1/models")
-        check_status(response)
-        return next(model for model in response.json()["data"] if not model.get("parent"))
-    except (httpx.HTTPError, RemoteError, ValueError, KeyError, StopIteration) as error:
-        raise InputError(f"{client.base_url}: no OpenAI-compatible server with a model answers: {error!r}") from None
-
-
-def check_status(response: httpx.Response) -> None:
-    """Raise RemoteError with the server's own words for any status but 200."""
-    if response.status_code != 200:
-        response.read()
-        raise RemoteError(f"status {response.status_code}: {response.text[:500]}")
 
 
 def choices(response: httpx.Response) -> Iterator[dict[str, Any]]:

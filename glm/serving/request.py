@@ -49,6 +49,7 @@ class Request:
     reader: AnswerReader
     deliver: Callable[[Event], None]
     stream: bool = True
+    lora: str = ""  # name of a LoRA on the model; "": none
     cancelled: bool = False  # set by whoever no longer wants the answer
     last_token: int = 0
     ended_by: int | None = None  # the token that ended the answer, where one did
@@ -95,6 +96,10 @@ class RequestQueue:
         self.running: list[Request] = []
         self._wake = threading.Condition()
         self._stopping = False
+
+    def lora_names(self) -> list[str]:
+        """The LoRAs that requests may name."""
+        return []
 
     def check(self, prompt: list[int]) -> None:
         """Raise InputError for a prompt that leaves no room for an answer."""

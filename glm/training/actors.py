@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.config import Method, Sft
+from glm.errors import InputError
 from glm.generation import decode_step
 from glm.generation.decode import generate
+from glm.generation.remote_rollout import RemoteRollout
 from glm.generation.rollout import Decoder, Samples
 from glm.generation.shared_rollout import SharedDecoder
 from glm.models import lineage, methods
@@ -76,11 +79,16 @@ class Actors(nn.Module):
         beneath: Sequence[str | Path] = (),
         scorer: Callable[[Batch], Tensor] | None = None,
         judge: Path | None = None,
+        rollout: RemoteRollout | None = None,
     ) -> None:
         """Put saved artifacts on `base`, which itself stands on those in `beneath`.
 
         A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation. A `scorer`
-        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`.
+        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`. With a `rollout`
+        another server draws the policy's answers.
+
+        Raises:
+            InputError: a `rollout`, and a policy that is more than one LoRA on the weights of a model.
         """
         super().__init__()
         self.variants = Variants(base, beneath)
@@ -111,8 +119,13 @@ class Actors(nn.Module):
         fused = self.packed and plain and can_fuse(base, dropout=False)
         self.joint = put_side_by_side(self.layers) if fused else None  # before the decoder takes its weights
         self.blocks: dict[str, list[Block]] = {}
-        self.decoder = self._decoder(base)
-        self.compiled = base.device.type == "cuda" and self.decoder is not None
+        self.rollout = rollout
+        variant = self.variants.variants["policy"]
+        if rollout is not None and (len(variant.loras) != 1 or variant.prefix is not None or variant.weights):
+            raise InputError("rollout.engine vllm: takes a policy that is one LoRA on a model's own weights")
+        self.decoder = None if rollout else self._decoder(base)
+        known = self.decoder is not None or (rollout is not None and decode_step.supports(base))
+        self.compiled = base.device.type == "cuda" and known
         self.run_layer: Callable[..., Tensor] | None = run_layer if fused else None  # None: the layers' own forward
         if self.compiled:
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
@@ -173,10 +186,13 @@ class Actors(nn.Module):
         params: Sampling,
         adapter: str = "policy",
     ) -> Samples:
-        """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
+        """One answer to each prompt, drawn from the whole distribution of the model under `adapter`.
+
+        Log-probabilities are those with which the decoder drew; of answers from elsewhere they are worked out here.
+        """
         self.use(adapter)
         if self.decoder is not None and self._fused(adapter):
-            samples = self.decoder.sample(
+            return self.decoder.sample(
                 prompts,
                 tokenizer,
                 max_new_tokens=params.max_new_tokens,
@@ -184,6 +200,17 @@ class Actors(nn.Module):
                 do_sample=True,
                 temperature=params.temperature,
                 value_head=self.value_head,
+            )
+        told = None
+        if self.rollout is not None and adapter == "policy":
+            assert isinstance(self.model, PeftModel)
+            answers, told = self.rollout.sample(
+                self.model,
+                adapter,
+                prompts,
+                tokenizer,
+                max_new_tokens=params.max_new_tokens,
+                temperature=params.temperature,
             )
         else:
             answers = generate(  # by all processes alike: transformers draws for whole batches
@@ -196,11 +223,13 @@ class Actors(nn.Module):
                 temperature=params.temperature,
             )
             answers = from_first(answers)
-            batch = batch_of(prompts, answers, self.model.device)
-            with torch.no_grad():
-                logprobs, values, _ = self(adapter, batch, params.temperature)
-            samples = Samples(answers, from_first(logprobs), from_first(values))
-        return samples
+        batch = batch_of(prompts, answers, self.model.device)
+        if self.rollout is not None and told is not None and not self.rollout.checked:
+            self.rollout.check(self.logprobs(adapter, batch, 1.0), told)
+        with torch.no_grad():
+            found = [self(adapter, part, params.temperature)[:2] for part in self.parts(batch)]
+        logprobs, values = (torch.cat(part) for part in zip(*found, strict=True))
+        return Samples(answers, from_first(logprobs), from_first(values))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:

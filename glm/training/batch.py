@@ -27,6 +27,7 @@ class Batch:
     prompts: list[list[int]]
     answers: list[list[int]]
     mask: Tensor  # [n, a] 1.0 on answer tokens
+    rankings: list[int] | None = None  # how many answers in turn share the computation of their prompt
 
     def sizes(self) -> list[int]:
         """Tokens of each sequence, prompt and answer."""
@@ -51,11 +52,16 @@ class Batch:
         return [self.rows(part) for part in parts]
 
 
-def batch_of(prompts: Sequence[list[int]], answers: Sequence[list[int]], device: torch.device) -> Batch:
+def batch_of(
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    device: torch.device,
+    rankings: list[int] | None = None,
+) -> Batch:
     """Token ids of prompts and their answers."""
     lengths = torch.tensor([len(answer) for answer in answers])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-    return Batch(list(prompts), list(answers), on_device(mask, device))
+    return Batch(list(prompts), list(answers), on_device(mask, device), rankings)
 
 
 @dataclass
@@ -77,6 +83,7 @@ def packing_for(config: Any, batch: Batch, *, compiled: bool) -> Packing:
         max_sequences=_up(len(batch.prompts), SEQUENCES) if compiled else len(batch.prompts),
         max_length=_up(max(batch.sizes()), LENGTHS) if compiled else max(batch.sizes()),
         prefix_lm=config if isinstance(config, ChatGLMConfig) else None,
+        max_answers=max(batch.rankings) if batch.rankings else 1,
     )
 
 
@@ -93,15 +100,19 @@ def inputs_of(batch: Batch, packing: Packing | None, *, masked: bool) -> Inputs:
             del model["attention_mask"]
         starts = [row * max(sizes) for row in range(len(sequences))]
     else:
-        model = packed_row(sequences, packing, 0)
+        model = packed_row(sequences, packing, 0, batch.rankings)
         starts = [0, *accumulate(sizes)][:-1]
     width, device = batch.mask.shape[1], batch.mask.device
     firsts = [start + len(prompt) - 1 for start, prompt in zip(starts, batch.prompts, strict=True)]
     spans = [torch.arange(len(answer)) for answer in batch.answers]
+    predicting = torch.cat([first + span for first, span in zip(firsts, spans, strict=True)])
+    ends = torch.tensor([start + size - 1 for start, size in zip(starts, sizes, strict=True)])
+    if (sources := model.get("key_sources")) is not None:  # where tokens of the unshared row are in the shared one
+        predicting, ends = sources[predicting], sources[ends]
     return Inputs(
         {name: on_device(value, device) if isinstance(value, Tensor) else value for name, value in model.items()},
-        on_device(torch.cat([first + span for first, span in zip(firsts, spans, strict=True)]), device),
-        on_device(torch.tensor([start + size - 1 for start, size in zip(starts, sizes, strict=True)]), device),
+        on_device(predicting, device),
+        on_device(ends, device),
         on_device(torch.tensor([token for answer in batch.answers for token in answer]), device),
         on_device(torch.cat([row * width + span for row, span in enumerate(spans)]), device),
     )

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Dpo
 from glm.training.actors import Actors
-from glm.training.answer_logprobs import Ranking, answer_logprobs, ranking_tokens, reference_logprobs, rows_of
-from glm.training.distributed import share_of, summed_numbers
+from glm.training.answer_logprobs import Ranking, answer_logprobs, ranking_size, reference_logprobs, rows_of
+from glm.training.distributed import summed_numbers
 from glm.training.policy_loop import batch_at, run
 
 
@@ -38,10 +38,12 @@ def train(
     """
     if not params.packing:
         actors.pad_rows()
+    share_prompt = params.share_prompt
+    size = ranking_size(actors, share_prompt=share_prompt)
     steps = range(1, params.max_steps + 1)
     needed = sorted({index for step in steps for index in batch_at(step, len(rankings), params.batch_size, seed)})
     chosen = [rankings[index] for index in needed]
-    references = reference_logprobs(actors, chosen, params.tokens_per_forward)
+    references = reference_logprobs(actors, chosen, params.tokens_per_forward, share_prompt=share_prompt)
     known = {
         index: {**ranking, "reference": values}
         for index, ranking, values in zip(needed, chosen, references, strict=True)
@@ -50,8 +52,8 @@ def train(
     def gradients(step: int) -> dict[str, float]:
         batch = [known[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
         sums: dict[str, float] = {}
-        for row in rows_of(share_of(batch, ranking_tokens), params.tokens_per_forward):
-            logprobs, _ = answer_logprobs(actors, "policy", row)
+        for row in rows_of(batch, size, params.tokens_per_forward):
+            logprobs, _ = answer_logprobs(actors, "policy", row, share_prompt=share_prompt)
             reference = torch.tensor([value for ranking in row for value in ranking["reference"]]).to(logprobs)
             rewards = params.beta * (logprobs - reference)
             loss = torch.zeros((), device=rewards.device)

@@ -22,16 +22,26 @@ KEY = "a secret"
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, generation: str, folder: Path, engine: RequestQueue | None = None, **engine_options) -> None:
+    def __init__(
+        self,
+        generation: str,
+        folder: Path,
+        engine: RequestQueue | None = None,
+        *,
+        lora_folder: Path | None = None,
+        port: int = 0,
+        **engine_options,
+    ) -> None:
         path = GOLDEN / f"{generation}-e2e"
         self.feedback = folder
         if engine is None:
             engine = Engine(load_model(path, dtype="float32"), load_tokenizer(path), **engine_options)
         self.engine = engine
-        options = Options(name="tiny", version="tiny/1", api_key=KEY, max_body=200_000, feedback=folder)
+        options = Options("tiny", "tiny/1", api_key=KEY, max_body=200_000, feedback=folder, lora_folder=lora_folder)
         self.app = create_app(self.engine, options)
         self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)

@@ -117,8 +117,8 @@ def test_commands(tmp_path: Path) -> None:
 
 def test_a_pipe_gets_a_line_for_each_question() -> None:
     process = subprocess.run(
-        [*CHAT, "--max-new-tokens", "6"], input="你好\n\nclear\n你好\n/regenerate\nstop\nx\n", cwd=ROOT, env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=120,
+        [*CHAT, "--max-new-tokens", "6"], input="你好\n\nclear\n你好\n/regenerate\nstop\nx\n",
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     first, second, again = process.stdout.splitlines()

@@ -67,7 +67,7 @@ def make_base() -> GlmForCausalLM:
     return model
 
 
-def make_actors(folder: Path, base=None) -> Actors:
+def make_actors(folder: Path, base=None, rollout=None) -> Actors:
     """Actors of adapters that are written into `folder`, unless they are there."""
     base = base or make_base()
     for number, name in enumerate(("sft", "reward")):
@@ -85,7 +85,7 @@ def make_actors(folder: Path, base=None) -> Actors:
     nn.init.zeros_(head.weight)
     head.weight.data[0, 0] = 1.0  # where the halves differ
     save_score(folder / "reward", head)
-    return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward")
+    return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward", rollout=rollout)
 
 
 def prompts(number: int, vocab: int = 61) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from glm import config
 from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
-from glm.training.answer_logprobs import answer_logprobs, reference_logprobs, rows_of
+from glm.training.answer_logprobs import answer_logprobs, ranking_size, reference_logprobs, rows_of
 from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_loop import batch_at
@@ -121,14 +121,17 @@ def test_raft_keeps_the_best_of_each_prompt() -> None:
     assert best_of(torch.tensor([0.0, 2.0, 1.0, 5.0, 4.0, -1.0]), 3).tolist() == [1, 3]
 
 
-def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_packed_padded_and_reference_log_probabilities_agree(share_prompt: bool, tmp_path: Path) -> None:
     actors = make_actors(tmp_path)
     rows = rankings(answers=3)
+    cut = rows[0]["sequences"]
+    cut[2] = cut[1][:-1]  # what these two have in common is longer than the prompt
     padding = make_actors(tmp_path)
     padding.pad_rows()
     assert actors.packed and actors.joint and not padding.packed
-    packed, lengths = answer_logprobs(actors, "policy", rows)
-    padded, _ = answer_logprobs(padding, "policy", rows)
+    packed, lengths = answer_logprobs(actors, "policy", rows, share_prompt=share_prompt)
+    padded, _ = answer_logprobs(padding, "policy", rows, share_prompt=share_prompt)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
     one, other = (
         torch.autograd.grad(sums.sum(), list(those.policy.values()), retain_graph=True)
@@ -138,8 +141,10 @@ def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> 
     wanted = [len(ids) - start for row in rows for ids, start in zip(row["sequences"], row["starts"], strict=True)]
     assert lengths.tolist() == wanted
     # the reference is a copy of the policy here, and its numbers are computed in several forward passes
-    assert len(rows_of(rows, 64)) > 1
-    reference = reference_logprobs(actors, rows, 64)
+    size, unshared = (ranking_size(those, share_prompt=share_prompt) for those in (actors, padding))
+    assert (sum(map(size, rows)) < sum(map(unshared, rows))) == share_prompt
+    assert len(rows_of(rows, size, 64)) > 1
+    reference = reference_logprobs(actors, rows, 64, share_prompt=share_prompt)
     torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
 
 
@@ -154,10 +159,14 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
         }
         for pair in (rows[:2], rows[2:4], rows[4:])
     ]
+    for ranking in found[1:]:  # two of the three have one prompt
+        prompt = ranking["sequences"][0][: ranking["starts"][0]]
+        ranking["sequences"][1] = prompt + ranking["sequences"][1][ranking["starts"][1] :]
+        ranking["starts"][1] = len(prompt)
     assert actors.packed
-    packed, _ = answer_logprobs(actors, "policy", found)
+    packed, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
     actors.pad_rows()
-    padded, _ = answer_logprobs(actors, "policy", found)
+    padded, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
 
 

@@ -130,6 +130,8 @@ def test_the_workspace_of_a_killed_run_is_removed_by_the_next(project: Project) 
     flow.communicate()
     project.assert_nothing_runs()
     assert len(project.git("worktree", "list").splitlines()) == 2
+    (made,) = (project.root / ".worktrees").glob("*.lock")
+    project.git("worktree", "lock", str(made.with_suffix("")))  # as git itself does until it has made one
 
     flow = project.start_flow("-S", "seed=1", SLEEP_base="120")
     project.wait_for("base")
