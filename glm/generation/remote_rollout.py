@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GlmForCausalLM, PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
 from glm.errors import InputError
@@ -44,7 +44,7 @@ class RemoteRollout:
         self.url = url
         self.folder = folder.resolve()
         self.client = open_client(url, api_key, CONNECTIONS)
-        self.splits = served_model(self.client).get("owned_by") == "vllm"
+        self.is_vllm = served_model(self.client).get("owned_by") == "vllm"
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         self.loaded = ""  # name of the adapter that the server has
         self.checked = False  # whether its log-probabilities were compared with the policy's own
@@ -123,7 +123,7 @@ class RemoteRollout:
         folder = self.folder / name
         with replace_folder(folder) as temporary:
             save_lora(model, temporary, base=causal_lm(model).config.name_or_path, name=adapter)
-            if self.splits:
+            if self.is_vllm and isinstance(causal_lm(model), GlmForCausalLM):
                 split_gate_up(temporary)
         check_status(self.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)}))
         self.loaded = name
@@ -147,7 +147,7 @@ class RemoteRollout:
 
 
 def split_gate_up(folder: Path) -> None:
-    """Write a LoRA of a fused gate_up_proj as two, of gate_proj and up_proj: vLLM's Llama-like classes know those."""
+    """Write a LoRA of a fused gate_up_proj as two, of gate_proj and up_proj: vLLM's class for Glm knows those."""
     weights: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         halves = tensor.chunk(2) if ".lora_B." in name else (tensor, tensor)

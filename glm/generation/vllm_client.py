@@ -7,6 +7,7 @@ import httpx
 from glm.errors import InputError
 
 PATIENCE = httpx.Timeout(300.0, connect=10.0)  # seconds without a byte: vLLM has a queue of its own
+KEPT = 2.0  # seconds that an idle connection is kept: servers hang up after 5, and a request then would be lost
 # A server may have defaults of its own from the model's generation_config.json. These switch them off (0: all tokens).
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -21,7 +22,7 @@ def open_client(url: str, api_key: str | None, connections: int) -> httpx.Client
         base_url=url.rstrip("/").removesuffix("/v1"),
         headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=PATIENCE,
-        limits=httpx.Limits(max_connections=connections),
+        limits=httpx.Limits(max_connections=connections, keepalive_expiry=KEPT),
         trust_env=False,
     )
 
