@@ -19,10 +19,8 @@ from glm.training.layers import decoder_layers
 from glm.training.rank_trainer import RankTrainer
 from glm.training.sharding import whole_state
 
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else DeepSpeed warns, which accelerate imports where it is installed
+if not torch.cuda.is_available():  # else DeepSpeed, which accelerate imports where it is installed, warns of that
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
