@@ -43,13 +43,13 @@ def trainer_for(
 
     In one of several processes it is a `RankTrainer`: method full is spread by `strategy`, the others by DDP.
     """
-    trainer: type[StepTrainer] = StepTrainer
+    trainer_class: type[StepTrainer] = StepTrainer
     shared_out = False
     if world_size() > 1:
-        trainer = {"ddp": RankTrainer, "fsdp": FsdpTrainer, "deepspeed_zero3": Zero3Trainer}[strategy]
+        trainer_class = {"ddp": RankTrainer, "fsdp": FsdpTrainer, "deepspeed_zero3": Zero3Trainer}[strategy]
         if params.method != "full":
-            trainer = RankTrainer
-        shared_out = trainer is not RankTrainer
+            trainer_class = RankTrainer
+        shared_out = trainer_class is not RankTrainer
         collator = Share(collator, packed=plan.packing is not None)
         torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
     with lent(loss) if shared_out else nullcontext(loss) as trained:
@@ -59,7 +59,7 @@ def trainer_for(
             attention_of(causal, plan.attention),
             layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
         ):
-            yield trainer(
+            trainer = trainer_class(
                 model=trained,
                 args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set)),
                 train_dataset=plan.train_set,
@@ -73,6 +73,9 @@ def trainer_for(
                 flops=flops_per_token(causal) / world_size(),  # of this GPU
                 loraplus_lr_ratio=params.loraplus_lr_ratio,
             )
+            yield trainer
+    if isinstance(trainer, Zero3Trainer):
+        trainer.release()
 
 
 def training_arguments(

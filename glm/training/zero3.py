@@ -48,6 +48,14 @@ class Zero3Trainer(RankTrainer):
     def _trained_state(self) -> dict[str, Any]:
         return {"trained": whole_state(trained_parameters(self.model)), "optimizer": self.optimizer.state_dict()}
 
+    def release(self) -> None:
+        """Free what the training held, once the weights are back: DeepSpeed's caches never let go of an engine."""
+        zero = self.optimizer.engine.optimizer
+        self.optimizer.engine.destroy()
+        moments = [moment for state in self.optimizer.state.values() for moment in state.values()]
+        for tensor in (*self.optimizer.pieces, *moments, zero.lp_param_buffer, zero.grad_partitions_flat_buffer):
+            tensor.untyped_storage().resize_(0)
+
 
 class EngineOptimizer(AcceleratedOptimizer):
     """Hands `adamw` and its parameters, those of `model`, over to an engine, and stands for it towards the Trainer.
