@@ -16,7 +16,8 @@ from glm.files import write_text
 
 if TYPE_CHECKING:
     from apps.models import Resolved
-    from glm.serving.engine import Engine, Event, Request
+    from glm.serving.engine import Engine
+    from glm.serving.request import Event, Request
 
 HELP = """\
 /clear         forget the dialogue            /regenerate   answer the last question again
@@ -70,7 +71,7 @@ class Chat:
         """
         from glm.data.encode import prompt_ids
         from glm.serving.answer import AnswerReader
-        from glm.serving.engine import Request
+        from glm.serving.request import Request
         from glm.serving.sampling import SamplingParams
 
         ids, _ = prompt_ids(self.engine.tokenizer, self.messages, self.data)

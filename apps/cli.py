@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -119,14 +119,27 @@ def serve(
     top_p: TopP = 0.7,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
     log_content: Annotated[bool, typer.Option(help="also log what is asked and answered")] = False,
+    engine: Annotated[
+        Literal["own", "vllm"], typer.Option(help="who computes; vllm: `vllm serve`, found in PATH, behind this server")
+    ] = "own",
+    engine_url: Annotated[
+        str | None, typer.Option(help="of a vLLM (or glmflow) server with this model that runs already")
+    ] = None,
+    enable_lora: Annotated[
+        Path | None, typer.Option(help="folder below which clients may load adapters (own engine); empty: they may not")
+    ] = None,
+    engine_api_key: Annotated[str | None, typer.Option(envvar="GLMFLOW_ENGINE_API_KEY", help="that it wants")] = None,
 ) -> None:
     """Serve a model by OpenAI's HTTP interface; requests of many clients are answered together."""
     from apps.models import resolve
     from apps.serve.app import Options
-    from apps.serve.run import check_binding
+    from apps.serve.run import EngineOptions, check_binding
     from apps.serve.run import serve as run_server
 
     check_binding(host, api_key, allow_anonymous)
+    if enable_lora and (engine_url or engine != "own"):
+        raise InputError("enable-lora: adapters are loaded into this server's own engine; vLLM has the option itself")
+    wanted = EngineOptions(engine, engine_url, engine_api_key, max_batch, max_length, max_waiting, dtype)
     resolved = resolve(model, adapter or [])
     options = Options(
         name=name or resolved.name,
@@ -136,17 +149,9 @@ def serve(
         api_key=api_key,
         max_body=max_body,
         log_content=log_content,
+        lora_folder=enable_lora,
     )
-    run_server(
-        resolved,
-        options,
-        host=host,
-        port=port,
-        max_batch=max_batch,
-        max_length=max_length,
-        max_waiting=max_waiting,
-        dtype=dtype,
-    )
+    run_server(resolved, options, wanted, host=host, port=port)
 
 
 @app.command()
@@ -309,7 +314,9 @@ def champions() -> None:
 
     table = Table("when", "what", "version", "before", "by", "why")
     for move in moves(load_params()):
-        table.add_row(move.at, move.action, move.version, move.before or "", move.by, move.reason)
+        table.add_row(
+            move.at[:16].replace("T", " "), move.action, move.version, move.before or "", move.by, move.reason
+        )
     Console().print(table)
 
 
@@ -372,6 +379,13 @@ def main() -> None:
         sys.exit(2)
     except FlowError as error:
         print(error, file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        from tasks.tracking import store_failure
+
+        if not (failure := store_failure(error)):
+            raise
+        print(failure, file=sys.stderr)
         sys.exit(1)
 
 

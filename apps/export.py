@@ -1,5 +1,7 @@
 """Exporting any model that has a name, with what the MLflow store knows of how it was made."""
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,8 @@ def export_model(
     """
     options = read_options(values)
     source = source_of_name(name, adapters)
+    from transformers.utils import logging
+
     from flows.card_facts import recorded_facts
     from glm.export.hub import check_access, push
     from glm.export.writing import export
@@ -35,7 +39,10 @@ def export_model(
     if "dtype" not in values:
         options = options.model_copy(update={"dtype": source.dtype or stored_dtype(source)})
     title = (options.push_to_hub or str(out)).rpartition("/")[2]
-    exported = export(source, out, options, recorded_facts(name), name=title, overwrite=overwrite)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about what peft calls in transformers
+        exported = export(source, out, options, recorded_facts(name), name=title, overwrite=overwrite)
     sent = push(exported.folder, options.push_to_hub, options.private) if options.push_to_hub else ""
     return exported, sent
 
@@ -58,7 +65,13 @@ def source_of_name(name: str, adapters: Sequence[str]) -> "Lineage":
         source = above(name)
         source = replace(source, adapters=(*source.adapters, *adapters))
     else:
-        source = Lineage(found.base, found.revision, quantization=found.quantization, adapters=found.adapters)
+        source = Lineage(
+            found.base,
+            found.revision,
+            quantization=found.quantization,
+            double_quantization=found.double_quantization,
+            adapters=found.adapters,
+        )
     base, revision = source_of(source.base, source.revision)
     return replace(source, base=base, revision=revision)
 

@@ -29,6 +29,7 @@ class ChatModel(PythonModel):
             adapters=[folder for name, folder in sorted(context.artifacts.items()) if name != "base"],
             device="cuda" if torch.cuda.is_available() else "cpu",
             quantization=context.model_config["quantization"],
+            double_quantization=context.model_config["double_quantization"],
             revision=revision,
         )
         self.tokenizer = load_tokenizer(base, revision=revision)

@@ -27,6 +27,7 @@ class RewardModel(PythonModel):
             adapters=adapters[:-1],
             device="cuda" if torch.cuda.is_available() else "cpu",
             quantization=context.model_config["quantization"],
+            double_quantization=context.model_config["double_quantization"],
             revision=revision,
         )
         self.model = reward.load(model, Path(adapters[-1] if adapters else base))

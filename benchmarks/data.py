@@ -1,7 +1,7 @@
 """Tokenising: this project's way against the reference's, in one run on the same rows.
 
-    python benchmarks/data.py                  # 1,000,000 rows; two to three minutes on two cores
-    python benchmarks/data.py --rows 50000     # a quick look
+    python -m benchmarks.data                  # 1,000,000 rows; two to three minutes on two cores
+    python -m benchmarks.data --rows 50000     # a quick look
 
 Rows are made from the embedded reviews. The reference's way (ChatGLM Efficient Tuning, src/glmtuner/dsets) is one
 process that maps batches of rows with Python lists, and encodes prompt and answer of every row by the slow tokenizer's

@@ -28,7 +28,8 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
 from benchmarks import ppo as ppo_benchmark
-from benchmarks import sft as sft_benchmark
+from benchmarks import shapes
+from benchmarks.sft import TOKENIZER
 from glm.config import Ppo, Reward, Sft
 from glm.models.quantization import PackedLinear, pack, row_scales
 from glm.training import reward, sft
@@ -78,9 +79,9 @@ def pack_in_place(model: PreTrainedModel, bits: int = 4) -> None:
 
 
 def build(weights: str, tiny: bool) -> PreTrainedModel:
-    model = small_model() if tiny else sft_benchmark.base_model(28)
+    model = small_model() if tiny else shapes.chatglm2(28)
     if weights == "nf4" and not tiny:
-        sft_benchmark.quantize(model)
+        shapes.quantize(model, "nf4")
         model.is_quantized = True
     elif weights == "cpm-int4":
         pack_in_place(model)
@@ -102,11 +103,11 @@ def stage(kind: str, weights: str, values: dict[str, Any], tiny: bool) -> float:
     }  # fmt: skip
     if kind == "sft":
         params = Sft.model_validate(LORA | BATCH | values)
-        sft.train(model, sft_benchmark.TOKENIZER, sft_benchmark.examples(), [], params, **options)
+        sft.train(model, TOKENIZER, shapes.examples(), [], params, **options)
     else:
         params = Reward.model_validate(BATCH | values)
         shape = Sft.model_validate(LORA)
-        reward.train(model, sft_benchmark.TOKENIZER, sft_benchmark.pairs(), [], params, shape=shape, **options)
+        reward.train(model, TOKENIZER, shapes.pairs(), [], params, shape=shape, **options)
     return statistics.median(speeds)
 
 

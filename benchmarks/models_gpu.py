@@ -1,7 +1,7 @@
 """Do the models compute on a GPU in bfloat16 what they compute on the CPU in float32, at the real 6B and 9B widths?
 
-    python benchmarks/models_gpu.py                # 4 layers of each model, about two minutes on one H100
-    python benchmarks/models_gpu.py --layers 0     # all layers (28; GLM-4: 40): 40 GB of host memory
+    python -m benchmarks.models_gpu                # 4 layers of each model, about two minutes on one H100
+    python -m benchmarks.models_gpu --layers 0     # all layers (28; GLM-4: 40): 40 GB of host memory
 
 Random weights, drawn on the GPU in bfloat16 and copied to the CPU, so that both sides hold the same numbers. Each row
 compares the logits of a left-padded batch. The yardstick is the bfloat16 error of the CPU itself: a row passes if the

@@ -1,7 +1,7 @@
 """How much faster are several GPUs, and do they compute the same?
 
-    python benchmarks/multi_gpu.py                     # at 1, 2, 4, 8 GPUs, as far as there are so many
-    python benchmarks/multi_gpu.py --tiny --counts 1,2  # tiny shapes; on the CPU where there is no GPU
+    python -m benchmarks.multi_gpu                     # at 1, 2, 4, 8 GPUs, as far as there are so many
+    python -m benchmarks.multi_gpu --tiny --counts 1,2  # tiny shapes; on the CPU where there is no GPU
 
 A Glm of ChatGLM2-6B's shape (6.2 B parameters, random weights, bfloat16) and examples of the lengths of
 benchmarks/sft.py; each count is a launch of its own, as `launch.num_processes` makes it.
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ppo import build, make_actors, our_step
 from rich.console import Console
 from rich.table import Table
-from shapes import CHATGLM2, chatglm2, examples
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
+from benchmarks.ppo import build, make_actors, our_step
+from benchmarks.shapes import CHATGLM2, chatglm2, examples
 from glm.config import Launch, Ppo, Sft
 from glm.training import distributed, sft
 from tasks.launch import first, launch, launched
@@ -134,7 +134,17 @@ def run(kind: str, count: int, tiny: bool) -> dict[str, Any] | None:
     """Start `count` processes and read the result; None if they failed, which they have said."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "result.json")
-        command = [__file__, "--measure", kind, "--counts", str(count), "--path", str(path), *["--tiny"] * tiny]
+        command = [
+            "-m",
+            "benchmarks.multi_gpu",
+            "--measure",
+            kind,
+            "--counts",
+            str(count),
+            "--path",
+            str(path),
+            *["--tiny"] * tiny,
+        ]
         if count == 1:
             status = subprocess.run([sys.executable, *command]).returncode
         else:

@@ -1,7 +1,8 @@
 """How fast is one PPO step, and where does the time go?
 
-    python benchmarks/ppo.py                       # a 6.2 B Glm on one H100, under four minutes
-    python benchmarks/ppo.py --tiny --device cpu   # tries the script out
+    python -m benchmarks.ppo                       # a 6.2 B Glm on one H100, under four minutes
+    python -m benchmarks.ppo --vary                # prompts of different lengths, so that there is padding to save
+    python -m benchmarks.ppo --tiny --device cpu   # tries the script out
 
 A Glm of ChatGLM2-6B's shape with random bfloat16 weights made on the device; a rank-8 LoRA each for policy, reference
 and reward on `--target`; 64 prompts of 128 tokens, 128 new tokens each, one epoch, one optimizer step. The same step is
@@ -17,7 +18,8 @@ of decoding reads every weight but the embedding once and on average the mean fi
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +34,8 @@ from glm.generation.decode import generate
 from glm.generation.rollout import Samples
 from glm.models.adapters import add_lora, save_lora, save_score
 from glm.training import ppo
-from glm.training.actors import Actors, pack
+from glm.training.actors import Actors
+from glm.training.batch import batch_of
 from glm.training.ppo_terms import ScoreScale
 
 BANDWIDTH, FLOPS = 3.35e12, 989e12
@@ -103,6 +106,16 @@ def our_step(actors: Actors, prompts: list[list[int]], params: Ppo, optimizer: t
     return [generating, scoring, updating]
 
 
+@contextmanager
+def reference_style(actors: Actors) -> Iterator[None]:
+    """Inside, forward passes are eager and padded, each layer as transformers and PEFT compute it."""
+    ours = actors.packed, actors.joint, actors.run_layer
+    actors.packed, actors.joint, actors.run_layer = False, None, None
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    actors.packed, actors.joint, actors.run_layer = ours
+
+
 def reference_step(
     actors: Actors, prompts: list[list[int]], params: Ppo, optimizer: torch.optim.Optimizer
 ) -> list[float]:
@@ -113,8 +126,8 @@ def reference_step(
 
     @torch.no_grad()
     def score() -> ppo.Experience:
-        batch = pack(prompts, answers, TOKENIZER.pad_token_id, actors.model.device)
-        found = [actors("policy", part, 1.0) for part in batch.parts()]
+        batch = batch_of(prompts, answers, actors.model.device)
+        found = [actors("policy", part, 1.0) for part in actors.parts(batch)]
         samples = Samples(answers, *(torch.cat([one[at] for one in found]) for at in (0, 1)))
         return ppo.assess(actors, TOKENIZER, prompts, samples, params, params.kl_coef, ScoreScale())
 
@@ -142,10 +155,10 @@ def rounding(actors: Actors, prompts: list[list[int]], params: Ppo) -> tuple[flo
     """Mean errors of bfloat16 log-probabilities against float32: the rollout's, and the training forward's."""
     rows = 8
     samples = actors.sample(prompts, TOKENIZER, params)
-    batch = pack(prompts[:rows], samples.answers[:rows], TOKENIZER.pad_token_id, actors.model.device)
+    batch = batch_of(prompts[:rows], samples.answers[:rows], actors.model.device)
     forward = actors.logprobs("policy", batch, 1.0)
     actors.model.float()
-    with torch.compiler.set_stance("force_eager"):
+    with reference_style(actors):
         exact = actors.logprobs("policy", batch, 1.0)
     found = samples.logprobs[:rows, : exact.shape[1]]
     return ((found - exact).abs().sum() / batch.mask.sum()).item(), (
@@ -178,13 +191,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, and of an answer")
+    parser.add_argument("--vary", action="store_true", help="prompts of a fourth to seven fourths of that length")
     parser.add_argument("--parts", type=int, default=12, help="gradient_accumulation_steps")
     options = parser.parse_args()
     rows, length, device = options.rows, options.length, options.device
     model = build(device, options.tiny)
     actors = make_actors(model, options.target)
     draw = torch.Generator().manual_seed(1)
-    prompts = torch.randint(100, model.config.vocab_size, (2 * rows, length), generator=draw).tolist()
+    prompts = torch.randint(100, model.config.vocab_size, (2 * rows, 2 * length), generator=draw).tolist()
+    lengths = [length] * len(prompts)
+    if options.vary:
+        lengths = torch.linspace(length // 4, 7 * length // 4, 2 * rows)[torch.randperm(2 * rows, generator=draw)].int()
+    prompts = [prompt[:size] for prompt, size in zip(prompts, lengths, strict=True)]
     params = Ppo(
         batch_size=rows,
         mini_batch_size=rows,
@@ -197,11 +215,11 @@ def main() -> None:
         "step", "generate s", "score s", "update s", "total s", "examples/s", "of the limit", "peak GB", "reserved GB"
     )
     limit = step_limit(model, rows, length, length)
-    for name, step, stance in (
-        ("this project", our_step, "default"),
-        ("reference style", reference_step, "force_eager"),
+    for name, step, style in (
+        ("this project", our_step, nullcontext()),
+        ("reference style", reference_step, reference_style(actors)),
     ):
-        with torch.compiler.set_stance(stance):
+        with style:
             start = time.perf_counter()
             step(actors, prompts[:rows], params, optimizer)
             print(f"{name}: first step {time.perf_counter() - start:.1f} s (compiles)", flush=True)
@@ -227,7 +245,8 @@ def main() -> None:
     rollout_error, forward_error = rounding(actors, prompts[:rows], params)
     console = Console(width=120)
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    console.print(f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {rows} x ({length} + {length})")
+    size = f"{rows} x ({'about ' if options.vary else ''}{length} + {length})"
+    console.print(f"{where}, torch {torch.__version__}, LoRA r=8 on {options.target}, {size}")
     console.print(steps, decoding)
     console.print(
         f"mean error of the answers' log-probabilities against float32: rollout {rollout_error:.4f}, "

@@ -1,8 +1,10 @@
 """SFT and reward training, from transformers + PEFT as shipped to this project's path, one change at a time.
 
-    python benchmarks/sft.py                          # the whole table; its nf4, fp4 and int8 need bitsandbytes
-    python benchmarks/sft.py --only final,selective   # single rows
-    python benchmarks/sft.py --cpu                    # packed against padded on the embedded model and its data
+    python -m benchmarks.sft                          # the whole table; its nf4, fp4 and int8 need bitsandbytes
+    python -m benchmarks.sft --only final,selective   # single rows
+    python -m benchmarks.sft --only shared            # reward model: prompts computed for each answer, and once
+    python -m benchmarks.sft --cpu                    # packed against padded on the embedded model and its data
+    python -m benchmarks.sft --cpu --only shared      # there, prompts computed for each answer, and once
 
 On the GPU: a ChatGLM2-6B shape (6.2 B parameters, random weights, bfloat16), LoRA r=8 on query_key_value (q, k and v),
 examples of alpaca-like lengths (log-normal, 24 to 1,024 tokens, mean about 200; the first quarter is the prompt). All
@@ -28,9 +30,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from rich.console import Console
-from shapes import LENGTHS, chatglm1, chatglm2, examples, pairs, prefix_examples, quantize
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.shapes import (
+    CHATGLM1_BOS,
+    CHATGLM1_GMASK,
+    LENGTHS,
+    chatglm1,
+    chatglm2,
+    examples,
+    pairs,
+    prefix_examples,
+    quantize,
+    rankings,
+)
 from glm.config import Reward, Sft, load_params
 from glm.data.collate import pad, pad_ids
 from glm.models.adapters import add_lora
@@ -80,6 +93,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 AUTO: dict[str, Any] = {**FINAL, "activation_checkpointing": "auto"}
 BUDGETS = (32, 20, 15)  # GB, within which `auto` has to choose
+# Rankings whose prompts are computed for each answer, and (`-shared`) once: name → (prompt, answers)
+RANKED = {"pairs-16": (16, 2), "pairs-128": (128, 2), "pairs-512": (512, 2), "fours-512": (512, 4)}
+CHATGLM1_RANKED = "chatglm1-pairs-512"
+WAYS = {"": False, "-shared": True}
 QUANTIZED = {"nf4": 10, "fp4": 10, "int8": 10}
 
 
@@ -115,14 +132,15 @@ def ours(
     options: dict[str, Any] = {
         "seed": 0, "log": lambda step, values: None, "log_speed": speed, "progress": lambda done, total: None,
     }  # fmt: skip
-    if data is pairs:
+    rows = data()
+    if "sequences" in rows[0]:
         params = Reward.model_validate({**EVERY, **values, "max_steps": steps})
         shape = Sft.model_validate(LORA)
-        trained, _ = reward.train(model, TOKENIZER, pairs(), [], params, shape=shape, **options)
+        trained, _ = reward.train(model, TOKENIZER, rows, [], params, shape=shape, **options)
         trained.backbone.unload()
     else:
         params = Sft.model_validate({**LORA, **EVERY, **values, "max_steps": steps})
-        adapted, _ = sft.train(model, TOKENIZER, data(), [], params, **options)
+        adapted, _ = sft.train(model, TOKENIZER, rows, [], params, **options)
         adapted.unload()
     kept = windows[1:]
     return {name: statistics.median(window[name] for window in kept) for name in kept[0]}
@@ -184,6 +202,7 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._dynamo.config.recompile_limit = 100  # a stage has a process to itself; here all rows compile the same code
     logging.basicConfig(format="  (%(message)s)")
     logging.getLogger("glm").setLevel(logging.INFO)
     began = time.perf_counter()
@@ -208,7 +227,8 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.memory.set_per_process_memory_fraction(1.0)
-                models[kind] = chatglm1(layers) if kind == "chatglm1" else quantize(chatglm2(layers), kind)
+                model = chatglm1(layers) if kind == "chatglm1" else chatglm2(layers)
+                models[kind] = quantize(model, kind) if kind in QUANTIZED else model
             gc.collect()
             torch.cuda.empty_cache()
             torch.compiler.reset()  # a row compiles as a process of its own would
@@ -224,12 +244,22 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
         )
         console.print(f"  ({name}: {time.perf_counter() - start:.0f} s)", style="dim", highlight=False)
 
+    def ranked(name: str, prompt: int, answers: int, kind: str) -> None:
+        marks = (CHATGLM1_GMASK, CHATGLM1_BOS) if kind == "chatglm1" else ()
+        data = partial(rankings, prompt, answers, marks)
+        for way, share in WAYS.items():
+            values = {**FINAL, "share_prompt": share}
+            what = f"{answers} answers to prompts of about {prompt} tokens, " + ("shared" if share else "not shared")
+            row(name + way, what, partial(ours, values=values, steps=28, data=data), kind)
+
     reference = Sft.model_validate({**LORA, "lora_dropout": 0.1})  # the reference's defaults
     shipped = partial(stock, rows=examples(), lora=reference, batch_size=4, steps=16, first=6)
     row("stock", "transformers + PEFT: Trainer, batch 4, gradient checkpointing", shipped, "chatglm2")
     for name, (what, values, steps) in (PATH | OTHERS).items():
         row(name, what, partial(ours, values=values, steps=steps), "chatglm2")
     row("reward", "reward model on pairs, as `final`", partial(ours, values=FINAL, steps=16, data=pairs), "chatglm2")
+    for name, (prompt, answers) in RANKED.items():
+        ranked(name, prompt, answers, "chatglm2")
     for size in BUDGETS:
         within = partial(ours, values=AUTO, steps=16, gigabytes=size)
         row(f"within-{size}", f"`auto` where the process gets {size} GB", within, "chatglm2")
@@ -247,10 +277,11 @@ def gpu(only: list[str], layers: int, deterministic: bool, console: Console) -> 
     padded, packed = (partial(ours, steps=12, data=prefix_examples, values=v) for v in (PATH["padded"][1], FINAL))
     row("chatglm1-padded", "ChatGLM-6B, as `padded`", padded, "chatglm1")
     row("chatglm1", "ChatGLM-6B, as `final`", packed, "chatglm1")
+    ranked(CHATGLM1_RANKED, 512, 2, "chatglm1")
     console.print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 
-def cpu(steps: int, console: Console) -> None:
+def cpu(steps: int, only_shared: bool, console: Console) -> None:
     """Examples a second on the stages' own parameters, model and rows, one thread; the ways take turns, five times."""
     from glm.data.encode import dialogue, rankings
     from glm.data.rows import read_split
@@ -269,9 +300,9 @@ def cpu(steps: int, console: Console) -> None:
         found = stock(model, dialogues, params.sft, batch_size=size, steps=steps, first=steps // 2)
         return found["examples_per_second"]
 
-    def stage(name: str, packing: bool, fused: bool = False) -> float:
+    def stage(name: str, packing: bool, fused: bool = False, **values: bool) -> float:
         speeds: list[float] = []
-        changes = {"packing": packing, "fused_layers": fused, "max_steps": steps, "logging_steps": steps // 2}
+        changes = {"packing": packing, "fused_layers": fused, "max_steps": steps, "logging_steps": steps // 2, **values}
         section = getattr(params, name).model_copy(update=changes)
         model, _ = load_base(params)
         options: dict[str, Any] = {
@@ -290,9 +321,12 @@ def cpu(steps: int, console: Console) -> None:
         "SFT, packed": partial(stage, "sft", True),
         "SFT, packed, fused layers": partial(stage, "sft", True, fused=True),
         "reward, padded": partial(stage, "reward", False),
-        "reward, packed": partial(stage, "reward", True),
-        "reward, packed, fused layers": partial(stage, "reward", True, fused=True),
+        "reward, packed": partial(stage, "reward", True, share_prompt=False),
+        "reward, packed, fused layers": partial(stage, "reward", True, fused=True, share_prompt=False),
+        "reward, packed, fused layers, shared prompts": partial(stage, "reward", True, fused=True, share_prompt=True),
     }
+    if only_shared:
+        ways = dict(list(ways.items())[-2:])
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(5):
         for name, measure in ways.items():
@@ -300,7 +334,7 @@ def cpu(steps: int, console: Console) -> None:
     console.print(f"CPU, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     console.print("| run | examples/s | times its first row |\n| --- | ---: | ---: |")
     for name, found in speeds.items():
-        first = speeds["reward, padded" if name.startswith("reward") else "SFT, transformers + PEFT, padded"]
+        first = next(speeds[each] for each in speeds if each.split(",")[0] == name.split(",")[0])
         median = statistics.median(found)
         console.print(f"| {name} | {median:.0f} | {median / statistics.median(first):.2f} |")
 
@@ -309,8 +343,10 @@ def main() -> None:
     names = ["stock", *PATH, *OTHERS, "reward", *(f"within-{size}" for size in BUDGETS)]
     names += [f"{kind}{way}" for kind, size in QUANTIZED.items() for way in (f"-{size}", "", "-eager")]
     names += ["chatglm1-padded", "chatglm1"]
+    shared = [f"{name}{way}" for name in (*RANKED, CHATGLM1_RANKED) for way in WAYS]
+    names += shared
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(names), help=f"rows, by comma: {', '.join(names)}")
+    parser.add_argument("--only", default=",".join(names), help=f"rows, by comma; or shared: {', '.join(names)}")
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
     parser.add_argument("--free", action="store_true", help="without the determinism switches of a stage")
     parser.add_argument("--cpu", action="store_true")
@@ -318,9 +354,9 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=200, soft_wrap=True)
     if options.cpu:
-        cpu(options.steps, console)
+        cpu(options.steps, options.only == "shared", console)
     else:
-        gpu(options.only.split(","), options.layers, not options.free, console)
+        gpu(shared if options.only == "shared" else options.only.split(","), options.layers, not options.free, console)
 
 
 if __name__ == "__main__":

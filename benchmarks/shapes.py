@@ -42,6 +42,22 @@ def pairs() -> list[dict[str, Any]]:
     return [{"sequences": [better, worse]} for better, worse in zip(ids[::2], ids[1::2], strict=True)]
 
 
+def rankings(prompt: int, answers: int, marks: tuple[int, ...] = (), count: int = 1500) -> list[dict[str, Any]]:
+    """Random tokens: prompts of half to one and a half times `prompt` and so many answers to each, of 64 to 192 tokens.
+
+    A prompt ends with `marks`.
+    """
+    rng, found = random.Random(0), []
+
+    def tokens(size: int) -> list[int]:
+        return [rng.randrange(100, 64000) for _ in range(size)]
+
+    for _ in range(count):
+        start = [*tokens(rng.randint(prompt // 2, 3 * prompt // 2)), *marks]
+        found.append({"sequences": [[*start, *tokens(rng.randint(64, 192))] for _ in range(answers)]})
+    return found
+
+
 def chatglm2(layers: int) -> PreTrainedModel:
     """ChatGLM2-6B in bfloat16: random weights of standard deviation 0.02, made on the GPU."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

@@ -1,7 +1,7 @@
 """Does the serving engine decode as fast as the rollout decoder, and the same tokens as `generate`?
 
-    python benchmarks/slots_gpu.py                       # a 6.2 B Glm on one GPU
-    python benchmarks/slots_gpu.py --tiny --device cpu   # tries the script out
+    python -m benchmarks.slots_gpu                       # a 6.2 B Glm on one GPU
+    python -m benchmarks.slots_gpu --tiny --device cpu   # tries the script out
 
 Random weights of ChatGLM2-6B's shape in bfloat16; 64 prompts of 128 tokens, 128 new tokens each, greedy. The bar: the
 engine's slots make 80 % of the tokens a second of `glm.generation.rollout.Decoder`, which knows the batch beforehand.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from flows.publish import check_hub, send_champion
 from flows.registry import alias_version, moved_alias, smoke_test
 from glm.config import Params
 from glm.errors import InputError
@@ -40,12 +41,13 @@ class Move:
 def promote(version: str, reason: str, params: Params, by: str | None = None) -> tuple[str, str | None]:
     """Let the alias `champion` point to a version, once it has answered a question; record why, when and after whom.
 
-    `version` is a number, or an alias such as "challenger". Returns the version's number and that of the champion
-    before; if the two are equal, nothing was done.
+    `version` is a number, or an alias such as "challenger". Then it goes to the hub, if `export.push_to_hub` is set.
+    Returns the version's number and that of the champion before; if the two are equal, nothing was done.
 
     Raises:
-        InputError: there is no such model or version, or no reason.
+        InputError: there is no such model or version, no reason, or no way to the hub; the alias is as before.
         SmokeTestError: the model does not answer; the alias is as before.
+        HubError: it is the champion, but was not sent.
     """
     check_reason(reason, "promoted")
     client, _ = open_store(params.tracking.experiment)
@@ -54,8 +56,10 @@ def promote(version: str, reason: str, params: Params, by: str | None = None) ->
     number = str(find_version(client, uri).version)
     if alias_version(client, name, CHAMPION) == number:
         return number, number
+    check_hub(params)
     smoke_test(f"models:/{name}/{number}")
     move = move_champion(client, name, number, "promote", reason, by)
+    send_champion(number, reason, params)
     return number, move.before
 
 
@@ -73,6 +77,7 @@ def rollback(reason: str, params: Params, steps: int = 1) -> tuple[str, str | No
     Raises:
         InputError: nobody was champion before, or no reason is given.
         SmokeTestError: the earlier model does not answer any more; the alias is as before.
+        HubError: it is the champion again, but was not sent to the hub.
     """
     check_reason(reason, "taken back")
     client, _ = open_store(params.tracking.experiment)
@@ -92,6 +97,7 @@ def rollback(reason: str, params: Params, steps: int = 1) -> tuple[str, str | No
     number = earlier[-steps]
     smoke_test(f"models:/{name}/{number}")
     move_champion(client, name, number, "rollback", reason)
+    send_champion(number, reason, params)
     return number, champion
 
 

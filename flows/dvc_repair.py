@@ -1,7 +1,8 @@
 """What a bad disk or a sudden end leaves in DVC's folders, and DVC itself does not see to.
 
 DVC makes a file of its cache read-only and never reads such a file again to compare it with its name: one that has
-changed would be handed out as the model that dvc.lock names. Its run cache and its list of locks may be cut off.
+changed would be handed out as the model that dvc.lock names. dvc.lock itself, which DVC writes in place, its run cache
+and its list of locks may be cut off.
 """
 
 import json
@@ -15,25 +16,52 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from glm.files import write_json
 from tasks.lineage import content_hash
 
 
 def drop_corrupted(outputs: Mapping[str, str], root: Path, cache: Path) -> list[str]:
-    """Remove those of `outputs` (paths in `root` with their md5) that are not what they should be, and return them.
+    """Remove those of `outputs` (paths in `root` with their md5) that DVC restored from broken files, and return them.
 
-    The broken files of DVC's `cache` that they came from are removed too, so that DVC makes or fetches them again.
+    The broken files of DVC's `cache` are removed too, so that DVC makes or fetches them again. A file is read once, and
+    again when its inode, size or time of change differs; `cache/verified.json` remembers.
     """
+    memory = cache / "verified.json"
+    verified: dict[str, list[int]] = {}
+    with suppress(OSError, ValueError):
+        verified = json.loads(memory.read_text(encoding="utf-8"))
+    known = dict(verified)
     here = {path: md5 for path, md5 in outputs.items() if (root / path).exists()}
-    wrong = [path for path, md5 in here.items() if content_hash(root / path) != md5]
+    wrong = [path for path, md5 in here.items() if broken_entries(cache, md5, verified)]
     for path in wrong:
-        for entry in entries(cache, here[path]):
-            if entry.exists() and content_hash(entry) != entry.parent.name + entry.name.removesuffix(".dir"):
-                entry.unlink()
         if (root / path).is_dir():
             shutil.rmtree(root / path)
         else:
             (root / path).unlink()
+    if verified != known:
+        write_json(memory, {name: state for name, state in verified.items() if (cache / name).exists()})
     return wrong
+
+
+def broken_entries(cache: Path, md5: str, verified: dict[str, list[int]]) -> list[Path]:
+    """Remove the files of the cache behind an output that are not what their names say, and return them.
+
+    `verified` are the states in which files were found sound; it is added to.
+    """
+    broken = []
+    for entry in entries(cache, md5):
+        if not entry.exists():
+            continue
+        name, now = str(entry.relative_to(cache)), entry.stat()
+        state = [now.st_ino, now.st_size, now.st_mtime_ns]
+        if verified.get(name) == state:
+            continue
+        if content_hash(entry) == entry.parent.name + entry.name.removesuffix(".dir"):
+            verified[name] = state
+        else:
+            entry.unlink()
+            broken.append(entry)
+    return broken
 
 
 def drop_corrupted_lists(outputs: Mapping[str, str], cache: Path) -> bool:
@@ -79,6 +107,27 @@ def drop_corrupted_runs(cache: Path) -> list[str]:
             path.unlink()
             wrong.append(f"the corrupted {path.relative_to(cache.parent)}")
     return wrong
+
+
+def drop_corrupted_lock_file(root: Path) -> list[str]:
+    """Move a dvc.lock that was cut off to .dvc/tmp. Returns what was moved.
+
+    DVC empties the file and writes it anew after each stage: a kill between the two leaves one that stops all its
+    commands. Nothing is lost with it, since the run cache knows all that it said. A file with the marks of a merge is
+    left to whoever merges.
+    """
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    path = root / "dvc.lock"
+    if not path.exists() or b"\n<<<<<<<" in path.read_bytes():
+        return []
+    try:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(path.read_bytes()))
+    except (YAMLError, ValueError, Invalid):  # no YAML, no UTF-8, not all keys
+        path.replace(root / ".dvc" / "tmp" / "dvc.lock.corrupted")
+        return ["the corrupted dvc.lock (moved to .dvc/tmp/dvc.lock.corrupted)"]
+    return []
 
 
 def drop_dead_locks(root: Path) -> list[str]:

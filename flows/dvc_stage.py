@@ -23,7 +23,13 @@ from prefect.logging import get_run_logger
 from ruamel.yaml import YAML
 
 from flows import ROOT, guard
-from flows.dvc_repair import drop_corrupted, drop_corrupted_lists, drop_corrupted_runs, drop_dead_locks
+from flows.dvc_repair import (
+    drop_corrupted,
+    drop_corrupted_lists,
+    drop_corrupted_lock_file,
+    drop_corrupted_runs,
+    drop_dead_locks,
+)
 from flows.errors import RefusedError, StageError
 from flows.interrupt import interruptible
 from flows.progress import progress_file, write_progress
@@ -123,8 +129,9 @@ def reproduce(step: str, root: Path, time_limit: float, environment: dict[str, s
                 commit = [sys.executable, "-m", "dvc", "commit", "--force", step]
                 subprocess.run(commit, cwd=root, env=environment, check=True, capture_output=True)
             return executed
-        if wrong := [*drop_corrupted_runs(cache_folder(root)), *drop_dead_locks(root)]:
-            logger.warning("%s: trying again without %s", step, ", ".join(wrong))
+        repaired = [*drop_corrupted_runs(cache_folder(root)), *drop_corrupted_lock_file(root), *drop_dead_locks(root)]
+        if repaired:
+            logger.warning("%s: trying again without %s", step, ", ".join(repaired))
             continue
         if BUSY not in text or time.monotonic() > deadline:
             break

@@ -23,3 +23,7 @@ class ServerError(FlowError):
 
 class SmokeTestError(FlowError):
     """A registered model does not load or does not answer."""
+
+
+class HubError(FlowError):
+    """The champion was not sent to the hub."""

@@ -2,7 +2,8 @@
 
 A training must not outlive its flow and hold the GPU: not after Ctrl-C, a cancelled run, or kill -9. `running` puts a
 small program between the two (guard_process.py): the kernel tells it when its parent has died (PR_SET_PDEATHSIG), it
-adopts whatever its descendants leave behind (PR_SET_CHILD_SUBREAPER), and it stops them all before it ends. Linux only.
+adopts whatever its descendants leave behind (PR_SET_CHILD_SUBREAPER), and it stops them all before it ends. Where it is
+itself killed, a thread here stops what it guarded. Linux only.
 
 `lock` is a kernel lock (flock) whose descriptor `running` hands down, so that the lock lives exactly as long as the
 work it covers; a lock file with an owner's name in it would stay behind after kill -9.
@@ -10,14 +11,18 @@ work it covers; a lock file with an owner's name in it would stay behind after k
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import IO
 
 from flows import guard_process
+from flows.guard_process import GRACE
 from flows.guard_process import TIMED_OUT as TIMED_OUT
 from flows.interrupt import interruptible
 
@@ -66,12 +71,27 @@ def running(
         pass_fds=hold,
         start_new_session=True,  # Ctrl-C reaches the flow alone, which then stops the guard
     )
+    Thread(target=_stop_orphans, args=(process,), daemon=True).start()
     try:
         yield process
         interruptible(process.wait)
     finally:
         process.terminate()
         process.wait()
+
+
+def _stop_orphans(process: subprocess.Popen[str]) -> None:
+    """Wait for a guard. If a signal has ended it (kill -9, a crash), end what is left of its process group."""
+    process.wait()
+    if process.returncode >= 0:
+        return
+    with suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:

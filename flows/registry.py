@@ -18,7 +18,8 @@ from flows.errors import SmokeTestError
 from flows.interrupt import interruptible
 from glm.config import Params
 from glm.errors import InputError
-from tasks.lineage import content_hash, git_tags
+from tasks.inputs import known_hash
+from tasks.lineage import git_tags
 from tasks.logged_models import EXAMPLE, artifact_folders, log_chat_model
 from tasks.tracking import open_store, source_tags, store_lock, store_uri
 
@@ -55,7 +56,7 @@ def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
         raise InputError(f"{export_dir}: no such folder; the export step makes it")
     client, experiment_id = open_store(params.tracking.experiment)
     name = params.promote.model_name
-    digest = content_hash(export_dir)
+    digest = known_hash(Path(export_dir))
     with store_lock(store_uri()):  # two flows may end at once
         version = find_version(client, name, digest)
         if version is None:
@@ -136,11 +137,9 @@ def _log_model(experiment_id: str, export_dir: str | Path, digest: str, params: 
     import mlflow
 
     tags = source_tags("flows.registry") | git_tags() | {"glmflow.step": "register", "dvc.in.models/export": digest}
-    folders, quantization = artifact_folders(export_dir)
+    folders, quantised = artifact_folders(export_dir)
     with mlflow.start_run(experiment_id=experiment_id, run_name="register", tags=tags):
-        return log_chat_model(
-            "export", params.data, *folders, quantization=quantization, tags={"dvc_md5": digest}
-        ).model_id
+        return log_chat_model("export", params.data, *folders, **quantised, tags={"dvc_md5": digest}).model_id
 
 
 def _create_version(client: "MlflowClient", name: str, model_id: str, run_id: str | None, digest: str) -> str:

@@ -51,7 +51,7 @@ def reproduce(target: str, console: Console) -> int:
         bring_data(root, record, recorded)
         machine = recorded_machine(client, record)
         reasons = differences_of_machine(machine, recorded / "requirements.lock")
-        if not run_pipeline(root, machine, target, console):
+        if not run_pipeline(root, machine, target, record.get("until"), console):
             return 1
         rows = compare(read_lock(recorded / "dvc.lock"), read_lock(root / "dvc.lock"))
         metrics = compare_metrics(recorded / "metrics", root / "metrics")
@@ -132,7 +132,7 @@ def recorded_machine(client: "MlflowClient", record: dict[str, Any]) -> dict[str
     """The machine that the last of the recorded steps ran on; empty where the store does not know its run."""
     from mlflow.exceptions import MlflowException
 
-    run_id = record["runs"].get("export", {}).get("run_id")
+    run_id = next((run["run_id"] for run in reversed(list(record["runs"].values()))), None)
     try:
         tags: dict[str, str] = client.get_run(run_id).data.tags if run_id else {}
     except MlflowException:
@@ -162,8 +162,8 @@ def installed(package: str) -> str | None:
         return None
 
 
-def run_pipeline(root: Path, machine: dict[str, str], target: str, console: Console) -> bool:
-    """Compute every step in `root`, with as many threads as then, and without any cache. False: a step failed."""
+def run_pipeline(root: Path, machine: dict[str, str], target: str, until: str | None, console: Console) -> bool:
+    """Compute the steps in `root` up to `until`, with as many threads as then, without any cache. False: one failed."""
     (root / "dvc.lock").unlink(missing_ok=True)
     with chdir(root):
         params = load_params("params.yaml")
@@ -171,7 +171,7 @@ def run_pipeline(root: Path, machine: dict[str, str], target: str, console: Cons
     environment = stage_environment() | {"MLFLOW_TRACKING_URI": store_uri(), "GLMFLOW_PARENT_RUN_ID": parent or ""}
     if "machine.threads" in machine:
         environment["OMP_NUM_THREADS"] = machine["machine.threads"]
-    words = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"]
+    words = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache", *([until] if until else [])]
     with guard.running(words, cwd=root, env=environment) as process:
         for line in process.stdout or ():
             console.print(line.rstrip(), highlight=False, markup=False, style="dim")

@@ -26,6 +26,7 @@ from prefect.states import Completed
 from flows import ROOT
 from flows.incoming import bring_in
 from flows.promotion import ask, can_be_suspended, gate_version, waiting_for_approval
+from flows.publish import check_hub
 from flows.rlhf_pipeline import run_stages
 from flows.terminal import exit_status, in_terminal
 from flows.workspace import keep, parse_overrides, restore, uncommitted, worktree
@@ -45,6 +46,7 @@ def retrain(force: bool = False, overrides: dict[str, Any] | None = None) -> Sta
         overrides: dotted names of params.yaml and their values, as of `rlhf-pipeline`.
     """
     params = load_params(ROOT / "params.yaml", overrides)
+    check_hub(params)  # before hours are spent on what could not be sent
     if waiting := waiting_for_approval(params):  # this run was suspended and is resumed
         return ask(params, *waiting)
     if files := uncommitted():
@@ -91,7 +93,8 @@ def already_retrained(params: Params, inputs: str) -> str:
     run = last_retraining(params)
     if run and run.data.tags.get("glmflow.inputs") == inputs:
         word = run.data.tags["glmflow.gate"]
-        return f"data, code and parameters are those of the last retraining, {run.info.run_name} ({word})"
+        last = f"the last retraining, {run.info.run_name} ({word})"
+        return f"data, code and parameters are those of {last}; with other bounds, --force asks the gate again"
     return ""
 
 

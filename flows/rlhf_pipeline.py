@@ -12,15 +12,13 @@ time-out does nothing, and there is one GPU.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -150,7 +148,7 @@ def run_stages(root: Path, name: str, ours: Sequence[str] = (), until: str | Non
     with board.shown(), mlflow_parent(root, name) as (parent_run, done):
         run_steps(steps, root, board, keys, parent_run, done)
         if until:
-            record_run(root, parent_run)
+            record_run(root, parent_run, until)
         else:
             with board.running("register") as line:
                 version = register_result(str(root), parent_run, ours)
@@ -216,12 +214,12 @@ def register_result(root: str, parent_run: str | None, ours: Sequence[str] = ())
     return version
 
 
-def record_run(root: Path, parent_run: str | None) -> None:
+def record_run(root: Path, parent_run: str | None, until: str) -> None:
     """Record what a run was made from whose result is not registered."""
     from tasks.record import keep_run_record
 
     with chdir(root):
-        keep_run_record(load_params("params.yaml"), parent_run)
+        keep_run_record(load_params("params.yaml"), parent_run, until)
 
 
 @contextmanager
@@ -282,25 +280,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         )
     if arguments.serve:
         return serve(arguments.cron)
-    try:
-        with in_terminal():
-            summary = rlhf_pipeline(overrides, until)
-    except httpx.TransportError as error:
-        start_again(error)
+    with in_terminal():
+        summary = rlhf_pipeline(overrides, until)
     report.show(summary, Console())
     return 0
-
-
-def start_again(error: httpx.TransportError) -> NoReturn:
-    """Run this command once more, in place of this process: its Prefect server has gone away.
-
-    What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
-    this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
-    """
-    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def serve(cron: str | None) -> int:

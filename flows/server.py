@@ -32,10 +32,11 @@ def prefect_api() -> Iterator[None]:
     It is PREFECT_API_URL, of the environment or of `make deploy`, if that answers; else a server of this process,
     without pages and schedules, on the project's own database.
     """
+    # a server that goes away is given up within seconds, not minutes: the run can go on without it
+    patience = {PREFECT_CLIENT_MAX_RETRIES: 2}
     deployed = PREFECT_API_URL.value()
     if deployed and is_up(deployed):
-        # a server that goes away is given up within seconds, not minutes: the run can go on without it
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+        with temporary_settings(patience):
             yield
         return
     if "PREFECT_API_URL" in os.environ:
@@ -49,8 +50,14 @@ def prefect_api() -> Iterator[None]:
         with guard.lock(LOG.with_suffix(".lock")):  # two first starts at once would both make the database
             process = stack.enter_context(guard.running(command, cwd=ROOT, env=os.environ, stdout=log))
             wait_until_up(url, process, LOG)
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield
+        with temporary_settings(patience | {PREFECT_API_URL: url}):
+            try:
+                yield
+            except httpx.TransportError:  # it has gone away: nobody to send to
+                raise
+            except Exception:
+                send_rest()
+                raise
             send_rest()
         process.terminate()
 

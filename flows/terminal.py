@@ -2,18 +2,23 @@
 
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Thread
+from typing import NoReturn
+
+import httpx
 
 from flows import ROOT
 from flows.errors import FlowError, RefusedError
 from flows.interrupt import handle_ctrl_c
 from flows.server import prefect_api
 from glm.errors import InputError
+from tasks.tracking import store_failure
 
 
 @contextmanager
@@ -34,8 +39,10 @@ def import_ahead() -> None:
 
 def quieten() -> None:
     """Leave the terminal to the progress and the report; Prefect's own log is kept by its server."""
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.CRITICAL + 1)
+    for name in ("", "prefect._internal"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+    logging.raiseExceptions = False  # nor what could not be sent to a server that went away
 
 
 def exit_status(command: Callable[[], int], stopped: str) -> int:
@@ -49,8 +56,27 @@ def exit_status(command: Callable[[], int], stopped: str) -> int:
     except FlowError as error:
         print(error, file=sys.stderr)
         return 1
+    except httpx.TransportError as error:
+        start_again(error)
+    except Exception as error:
+        if not (failure := store_failure(error)):
+            raise
+        print(failure, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
     finally:
         gc.freeze()  # the process ends: to look through three thousand modules once more takes a second
+
+
+def start_again(error: httpx.TransportError) -> NoReturn:
+    """Run this command once more, in place of this process: its Prefect server has gone away.
+
+    What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
+    this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
+    """
+    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -10,6 +10,7 @@ there and to git's `origin` after: `dvc exp pull origin NAME` brings it to any o
 
 import fcntl
 import getpass
+import json
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ def parse_value(name: str, text: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            pass
+            return value
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # dates, sets, lists that hold themselves
+        raise InputError(f"{name}: {text!r}: expected a number, a text, or a list or mapping of them") from None
     return value
 
 
@@ -205,6 +210,8 @@ def remove_leftovers() -> None:
 def remove(root: Path) -> None:
     """Remove a worktree and its lock file, whatever state it is in."""
     shutil.rmtree(root, ignore_errors=True)
+    with suppress(CommandError):  # git locks one while it makes it, and prunes none such
+        git("worktree", "unlock", str(root))
     git("worktree", "prune")
     lock_file(root).unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from glm.sections.data import Data
 from glm.sections.launch import Launch, Strategy
 from glm.sections.model import EMBEDDED, HUB_ID, EmbeddedModel, Model, Quantization
 from glm.sections.policy import (
+    ONLINE,
     Algorithm,
     Dpo,
     Grouped,
@@ -33,6 +34,7 @@ from glm.sections.policy import (
     RewardModel,
     Rival,
     Rloo,
+    Rollout,
     Rrhf,
 )
 from glm.sections.result import Evaluate, Export, MetricGate, Promote, PromoteMetrics, Tracking
@@ -42,6 +44,7 @@ from glm.sections.training import Method, Reward, Sft, Training, Tuned
 __all__ = [
     "EMBEDDED",
     "HUB_ID",
+    "ONLINE",
     "Algorithm",
     "Data",
     "Dpo",
@@ -67,6 +70,7 @@ __all__ = [
     "RewardModel",
     "Rival",
     "Rloo",
+    "Rollout",
     "Rrhf",
     "Section",
     "Sft",
@@ -77,6 +81,8 @@ __all__ = [
     "load_params",
     "validate_params",
 ]
+
+LONGEST = 100  # characters of a wrong value that a message shows
 
 
 class Params(Section):
@@ -90,6 +96,7 @@ class Params(Section):
     sft: Sft = Sft()
     reward: Reward = Reward()
     reward_model: RewardModel = RewardModel()
+    rollout: Rollout = Rollout()
     ppo: Ppo = Ppo()
     dpo: Dpo = Dpo()
     kto: Kto = Kto()
@@ -155,6 +162,28 @@ class Params(Section):
     def trl_trains_a_lora(self) -> Self:
         if self.algorithm in ("kto", "grpo", "rloo") and self.sft.method != "lora":
             raise ValueError(f"algorithm {self.algorithm} trains the LoRA of SFT, but sft.method is {self.sft.method}")
+        return self
+
+    @model_validator(mode="after")
+    def vllm_can_follow(self) -> Self:
+        """Refuse policies that cannot be handed over to a server as one LoRA on plain weights."""
+        if self.rollout.engine == "own" or self.algorithm not in ONLINE:
+            return self
+        section = self.tuned.get(self.algorithm)  # GRPO and RLOO always train a LoRA
+        wanted = {
+            f"{self.algorithm}.method": (section.method if section else "lora", "lora"),
+            "model.quantization": (self.model.quantization, "none"),
+            "launch.num_processes": (self.launch.num_processes, 1),
+            "sft.use_dora": (self.sft.use_dora, False),
+        }
+        wrong = [f"{name} {found}, not {right}" for name, (found, right) in wanted.items() if found != right]
+        if self.sft.method == "p_tuning":
+            wrong.append("sft.method p_tuning, not lora, freeze or full")
+        if wrong:
+            raise ValueError(
+                "rollout.engine vllm hands the policy over as one plain LoRA on plain weights, from one process "
+                f"(found {'; '.join(wrong)})"
+            )
         return self
 
     @model_validator(mode="after")
@@ -248,7 +277,10 @@ def _explain(fault: Any) -> str:
         )
         return f"unknown key {name}; {hint}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{name}: {message} (found {fault['input']!r})" if fault["type"] != "value_error" else f"{name}: {message}"
+    if fault["type"] == "value_error":
+        return f"{name}: {message}"
+    found = repr(fault["input"])
+    return f"{name}: {message} (found {found if len(found) <= LONGEST else f'{found[:LONGEST]}…'})"
 
 
 def _known_names(location: list[str]) -> list[str]:

@@ -28,7 +28,8 @@ def run(stage: Stage) -> dict[str, float]:
     from glm.evaluation.win_rate import mean_gain, win_rate
     from glm.models.lineage import chain
     from glm.training import policy_eval
-    from glm.training.actors import Actors, pack
+    from glm.training.actors import Actors
+    from glm.training.batch import batch_of
 
     params, options = stage.params, stage.params.evaluate
     algorithm: str = params.algorithm
@@ -68,7 +69,7 @@ def run(stage: Stage) -> dict[str, float]:
     for number, (who, adapter) in enumerate(adapters.items(), start=1):
         stage.progress(number, steps, f"{who}: reward and KL")
         judged = policy_eval.judge(actors, tokenizer, prompts, options, seed=params.seed, adapter=adapter)
-        batch = pack(prompts, judged.answers, tokenizer.pad_token_id, actors.model.device)
+        batch = batch_of(prompts, judged.answers, actors.model.device)
         scores[who] = actors.judge_score(batch).tolist()
         found = policy_eval.summary(judged, end_id(tokenizer)) | {"judge": fmean(scores[who])}
         metrics |= {f"{who}.{name}": value for name, value in found.items()}

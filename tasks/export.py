@@ -1,5 +1,7 @@
 """The policy as a folder for others, models/export: by default merged into the base, which plain transformers loads.
 
+Nothing is sent to the hub here: `export.push_to_hub` gets what becomes the champion (flows/publish.py).
+
 A base that was quantised for training is written with its rounded values in export.dtype, on which the adapters were
 trained. A P-Tuning v2 prefix cannot be merged: it lies beside the model, in models/export/prefix, where `load_model`
 finds it, and transformers alone does not. The card, README.md, holds nothing that differs between two equal runs.
@@ -25,20 +27,15 @@ logger = logging.getLogger("glm.export")
 
 
 def run(stage: Stage) -> dict[str, float]:
-    from glm.export.hub import check_access, push
     from glm.export.writing import export
     from glm.models.lineage import above
 
     params, options = stage.params, stage.params.export
     base_source()  # the model that models/base points to is still what it was
-    if options.push_to_hub:
-        check_access(options.push_to_hub)
     facts = facts_of(params)
     exported = export(above(f"models/{params.algorithm}"), OUT, options, facts, name=name_of(params), overwrite=True)
     if exported.prefix:
         logger.warning("export: the prefix lies in %s/prefix, where only glm.models.load_model looks for it", OUT)
-    if options.push_to_hub:
-        logger.info("export: sent to %s", push(Path(OUT), options.push_to_hub, options.private))
     stage.log_model(OUT)
     metrics = {"max_logit_difference": exported.max_logit_difference, "parameters": exported.parameters}
     return metrics | ({} if exported.loss is None else {"loss_increase": exported.loss_increase})

@@ -90,7 +90,8 @@ def check_tracked(name: str, dataset_dir: Path, file_name: str) -> None:
 def known_hash(path: Path) -> str:
     """`content_hash` of a file or folder, read again only where inode, size or time of change differ, as DVC does it.
 
-    A run asks three times: before it starts, in its flow, and when the files are fetched.
+    A run asks three times for data: before it starts, in its flow, and when the files are fetched; and three times for
+    its export, to register and to record it.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     state = [[str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns] for file in files for stat in [file.stat()]]

@@ -43,6 +43,7 @@ class Contender:
     data: Data
     adapters: tuple[Path, ...] = ()  # on it
     quantization: str | None = None  # of it; None: as its files say
+    double_quantization: bool = True
 
 
 def judge(params: Params, champion: str | None, progress: Progress) -> dict[str, Any]:
@@ -93,24 +94,27 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
 def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
     """A registered model, and the parameters by which its own run split the data."""
     from mlflow.artifacts import download_artifacts
-    from ruamel.yaml import YAML
 
+    from tasks.logged_models import logged_folders
     from tasks.registered import find_version
     from tasks.tracking import open_store
 
     client, _ = open_store(params.tracking.experiment)
     data = params.data
     version = find_version(client, uri)
-    folder = Path(download_artifacts(uri))
-    described = YAML(typ="safe", pure=True).load((folder / "MLmodel").read_text(encoding="utf-8"))
-    flavor = described["flavors"]["python_function"]
-    own = data.model_copy(update=flavor["config"]["data"])
+    (base, *adapters), config = logged_folders(download_artifacts(uri))
+    own = data.model_copy(update=config["data"])
     run_id = version.tags.get("glmflow.run.pipeline")
     known = client.get_run(run_id).data.params if run_id else {}
     splits = {name: float(known[f"data.{name}"]) for name in ("dev_ratio", "test_ratio") if f"data.{name}" in known}
-    places = {name: folder / artifact["path"] for name, artifact in sorted(flavor["artifacts"].items())}
-    base = places.pop("base")
-    contender = Contender("champion", base, own, tuple(places.values()), flavor["config"]["quantization"])
+    contender = Contender(
+        "champion",
+        Path(base),
+        own,
+        tuple(map(Path, adapters)),
+        config["quantization"],
+        config.get("double_quantization", True),  # not in models that were logged before
+    )
     return contender, data.model_copy(update=splits)
 
 
@@ -146,6 +150,7 @@ def answer(
         dtype=params.model.dtype,
         device=device,
         quantization=contender.quantization,
+        double_quantization=contender.double_quantization,
     )
     tokenizer = load_tokenizer(str(contender.folder))
     limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}

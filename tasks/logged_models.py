@@ -37,6 +37,7 @@ def log_chat_model(
     base: str | Path,
     *adapters: str | Path,
     quantization: str = "none",
+    double_quantization: bool = True,
     tags: dict[str, str] | None = None,
 ) -> "ModelInfo":
     """Log `base`, with or without adapter folders on it, to the active MLflow run: messages in, the answer out.
@@ -49,13 +50,19 @@ def log_chat_model(
     config = {
         "generation": GENERATION,
         "quantization": quantization,
+        "double_quantization": double_quantization,
         "data": data.model_dump(include={"source_prefix", "max_source_length"}),
     }
     return _log(name, "mlflow_model.py", _folders(base, adapters), config, signature, EXAMPLE, tags)
 
 
 def log_reward_model(
-    name: str, data: Data, base: str | Path, *adapters: str | Path, quantization: str = "none"
+    name: str,
+    data: Data,
+    base: str | Path,
+    *adapters: str | Path,
+    quantization: str = "none",
+    double_quantization: bool = True,
 ) -> "ModelInfo":
     """Log a reward model to the active MLflow run: messages and answer in, score out.
 
@@ -66,23 +73,37 @@ def log_reward_model(
     example = {"messages": [QUESTION, ANSWER]}
     config = {
         "quantization": quantization,
+        "double_quantization": double_quantization,
         "data": data.model_dump(include={"source_prefix", "max_source_length", "max_target_length"}),
     }
     signature = infer_signature([example], [0.5])
     return _log(name, "mlflow_reward_model.py", _folders(base, adapters), config, signature, example)
 
 
-def artifact_folders(folder: str | Path) -> tuple[list[str], str]:
-    """(base and adapters in their order, quantisation) of all that makes the artifact in `folder`, itself included.
+def artifact_folders(folder: str | Path) -> tuple[list[str], dict[str, Any]]:
+    """(base and adapters in their order, how the base is quantised) of the artifact in `folder`, itself included.
 
-    A folder that stands on nothing, such as the export of a whole model, is all by itself.
+    The second are arguments of `log_chat_model` and `log_reward_model`. A folder that stands on nothing, such as the
+    export of a whole model, is all by itself.
     """
     from glm.models.lineage import FILE_NAME, read_lineage
 
     below = read_lineage(folder)[1] if Path(folder, FILE_NAME).exists() else None
     if below is None:
-        return [str(folder)], "none"
-    return [below.base, *below.adapters, str(folder)], below.quantization
+        return [str(folder)], {}
+    quantised = {"quantization": below.quantization, "double_quantization": below.double_quantization}
+    return [below.base, *below.adapters, str(folder)], quantised
+
+
+def logged_folders(folder: str | Path) -> tuple[list[str], dict[str, Any]]:
+    """(base and adapters in their order, config) of a model that was logged here, in the folder that it lies in."""
+    from ruamel.yaml import YAML
+
+    flavors = YAML(typ="safe").load(Path(folder, "MLmodel")).get("flavors", {})
+    flavor: dict[str, Any] = flavors.get("python_function", {})
+    artifacts = flavor.get("artifacts") or {}
+    names = sorted(artifacts, key=lambda name: (name != "base", name))
+    return [str(Path(folder, artifacts[name]["path"])) for name in names], flavor.get("config") or {}
 
 
 def _folders(base: str | Path, adapters: tuple[str | Path, ...]) -> dict[str, str]:

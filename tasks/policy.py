@@ -5,11 +5,13 @@ goes on from its last checkpoint when it was killed and the same command is give
 """
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm.config import Method, Params
+from glm.config import ONLINE, Method, Params
 from glm.errors import InputError
 from tasks.base_model import load_base_tokenizer, load_shared
 from tasks.rewards import load_scorer
@@ -19,6 +21,7 @@ from tasks.tokenized import tokenized
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glm.generation.remote_rollout import RemoteRollout
     from glm.training.policy_eval import Judged
 
 SFT = Path("models/sft")
@@ -50,27 +53,29 @@ def improve(
     train_set = rows(stage, tokenizer, "train")
     dev_prompts = prompts(stage, tokenizer, "dev")
     checkpoints = Checkpoints(stage.checkpoint_folder)
-    actors = Actors(
-        model,
-        policy=NewPolicy(method, params.sft, below.parts, start),
-        reference=SFT,
-        reward=REWARD,
-        beneath=beneath,
-        scorer=load_scorer(params, tokenizer),
-    )
-    numbers = train(
-        actors,
-        tokenizer,
-        train_set,
-        dev_prompts,
-        section,
-        seed=params.seed,
-        log=stage.log,
-        progress=stage.progress,
-        log_speed=stage.log_speed,
-        show=lambda step, judged: show(stage, tokenizer, dev_prompts, step, judged),
-        checkpoints=checkpoints,
-    )
+    with open_rollout(stage) as rollout:
+        actors = Actors(
+            model,
+            policy=NewPolicy(method, params.sft, below.parts, start),
+            reference=SFT,
+            reward=REWARD,
+            beneath=beneath,
+            scorer=load_scorer(params, tokenizer),
+            rollout=rollout,
+        )
+        numbers = train(
+            actors,
+            tokenizer,
+            train_set,
+            dev_prompts,
+            section,
+            seed=params.seed,
+            log=stage.log,
+            progress=stage.progress,
+            log_speed=stage.log_speed,
+            show=lambda step, judged: show(stage, tokenizer, dev_prompts, step, judged),
+            checkpoints=checkpoints,
+        )
     if stage.follows:
         return numbers
     actors.finish()
@@ -79,6 +84,20 @@ def improve(
     stage.log_adapter(folder)
     checkpoints.clear()
     return numbers
+
+
+def open_rollout(stage: Stage) -> "AbstractContextManager[RemoteRollout | None]":
+    """The server that draws the policy's answers, where one is named and the algorithm learns from its own answers.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    from glm.generation.remote_rollout import RemoteRollout
+
+    options = stage.params.rollout
+    if options.url is None or stage.params.algorithm not in ONLINE:
+        return nullcontext()
+    return RemoteRollout(options.url, stage.checkpoint_folder / "rollout", os.environ.get("GLMFLOW_ROLLOUT_API_KEY"))
 
 
 def prompts(stage: Stage, tokenizer: "PreTrainedTokenizerBase", split: str) -> list[list[int]]:

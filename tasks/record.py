@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 
 from glm.config import EMBEDDED, Params
 from glm.errors import InputError
-from tasks import STEPS, programs
+from tasks import STEPS, programs, steps_to
+from tasks.inputs import known_hash
 from tasks.lineage import content_hash, files_of, stage_entry, stage_params
 from tasks.tracking import create_parent, open_store, store_uri, warn
 
@@ -33,41 +34,47 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FOLDER = "lineage"
-COPIES = ("dvc.lock", "dvc.yaml", "params.yaml", "requirements.lock", "metrics")
+COPIES = ("dvc.yaml", "params.yaml", "requirements.lock")
 EXPORT = "models/export"
 MAX_PATCH_BYTES = 10_000_000
 ELSEWHERE = (":!dvc.lock", ":!params.yaml")  # kept as they are, by content
 
 
-def write_record(client: "MlflowClient", run_id: str, params: Params, ours: Sequence[str] = ()) -> dict[str, Any]:
+def write_record(
+    client: "MlflowClient", run_id: str, params: Params, ours: Sequence[str] = (), until: str | None = None
+) -> dict[str, Any]:
     """Write the record of the finished run in the current folder to the MLflow run `run_id`, and return it.
 
     `ours` are paths that a flow changed itself, such as data that a retraining brought in: they are recorded by content
-    and do not count as uncommitted.
+    and do not count as uncommitted. Of a run that ended with the step `until` nothing of later steps is recorded, for
+    what lies here of them is an earlier run's.
     """
     with tempfile.TemporaryDirectory() as temporary:
         patch = uncommitted_patch(params.data.dataset_dir)
-        record = make_record(params, patch, ours)
+        record = make_record(params, patch, ours, until)
         (Path(temporary) / "record.json").write_text(json.dumps(record, ensure_ascii=False, indent=2))
         if record["patch"]:
             (Path(temporary) / "uncommitted.patch").write_bytes(patch)
+        if lock := read_lock(until=until):
+            with (Path(temporary) / "dvc.lock").open("w", encoding="utf-8") as file:
+                YAML().dump({"schema": "2.0", "stages": lock}, file)
         client.log_artifacts(run_id, temporary, FOLDER)
     for path in filter(os.path.exists, COPIES):
-        if os.path.isdir(path):
-            client.log_artifacts(run_id, path, f"{FOLDER}/{path}")
-        else:
-            client.log_artifact(run_id, path, FOLDER)
+        client.log_artifact(run_id, path, FOLDER)
+    for step in programs(params.algorithm, steps_to(until)):
+        if os.path.exists(path := f"metrics/{step}.json"):
+            client.log_artifact(run_id, path, f"{FOLDER}/metrics")
     client.set_tag(run_id, "glmflow.inputs", record["inputs"])
     client.set_tag(run_id, "glmflow.uncommitted", ", ".join(record["uncommitted"])[:5000])
     return record
 
 
-def make_record(params: Params, patch: bytes, ours: Sequence[str]) -> dict[str, Any]:
+def make_record(params: Params, patch: bytes, ours: Sequence[str], until: str | None) -> dict[str, Any]:
     """The content of record.json."""
-    lock = read_lock()
-    names = programs(params.algorithm)  # what an earlier algorithm left behind is none of this run's
+    steps = steps_to(until)
+    names = programs(params.algorithm, steps)  # what an earlier algorithm left behind is none of this run's
     uncommitted = uncommitted_files(params.data.dataset_dir, ours)
-    faults = inconsistencies(lock)
+    faults = inconsistencies(read_lock(until=until), steps)
     if len(patch) > MAX_PATCH_BYTES:
         faults.append(f"the uncommitted changes are {len(patch)} bytes, too many to be kept: commit them")
     base = {"path": params.model.path, "revision": params.model.revision}
@@ -75,6 +82,7 @@ def make_record(params: Params, patch: bytes, ours: Sequence[str]) -> dict[str, 
         base |= _read(Path("models/base/source.json"))
     return {
         "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "until": until,
         "commit": _git("rev-parse", "HEAD").strip(),
         "branch": _git("rev-parse", "--abbrev-ref", "HEAD").strip(),
         "uncommitted": uncommitted,
@@ -84,8 +92,8 @@ def make_record(params: Params, patch: bytes, ours: Sequence[str]) -> dict[str, 
         "sources": _read(Path("prepared/raw/sources.json")),
         "rows": _read(Path("reports/preprocess/report.json")),
         "base": base,
-        "runs": {path.stem: _read(path) for path in sorted(Path("runs").glob("*.json")) if path.stem in names},
-        "export": content_hash(EXPORT) if os.path.exists(EXPORT) else None,
+        "runs": {name: _read(path) for name in names if (path := Path("runs", f"{name}.json")).exists()},
+        "export": known_hash(Path(EXPORT)) if until is None and os.path.exists(EXPORT) else None,
         "faults": faults,
     }
 
@@ -124,19 +132,20 @@ def inputs_hash(params: Params) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_lock(path: str | Path = "dvc.lock") -> dict[str, Any]:
-    """The stages of a dvc.lock by name; empty without the file."""
+def read_lock(path: str | Path = "dvc.lock", until: str | None = None) -> dict[str, Any]:
+    """The stages of a dvc.lock by name, those after the step `until` left out; empty without the file."""
     if not Path(path).exists():
         return {}
     stages: dict[str, Any] = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))["stages"]
-    return stages
+    later = set(STEPS) - set(steps_to(until))
+    return {name: entry for name, entry in stages.items() if name not in later}
 
 
-def inconsistencies(lock: dict[str, Any]) -> list[str]:
+def inconsistencies(lock: dict[str, Any], steps: Sequence[str] = STEPS) -> list[str]:
     """Where dvc.lock is not what the folder holds, or its stages do not fit together; empty for a sound lineage."""
     if not lock:
         return ["no dvc.lock: the steps were not run by DVC"]
-    faults = [f"{step}: not in dvc.lock" for step in STEPS if step not in lock]
+    faults = [f"{step}: not in dvc.lock" for step in steps if step not in lock]
     made = {out["path"]: (stage, out["md5"]) for stage, entry in lock.items() for out in entry.get("outs", [])}
     for stage, entry in lock.items():
         for dep in entry.get("deps", []):
@@ -148,7 +157,7 @@ def inconsistencies(lock: dict[str, Any]) -> list[str]:
                 faults.append(f"{stage}: {path} is gone since")
             elif content_hash(path) != md5:
                 faults.append(f"{stage}: {path} has changed since")
-    if EXPORT in made and os.path.exists(EXPORT) and content_hash(EXPORT) != made[EXPORT][1]:
+    if EXPORT in made and os.path.exists(EXPORT) and known_hash(Path(EXPORT)) != made[EXPORT][1]:
         faults.append(f"{EXPORT} is not the one in dvc.lock")
     return faults
 
@@ -193,13 +202,13 @@ def keep_record(params: Params, version: str, run_id: str | None, ours: Sequence
         return None
 
 
-def keep_run_record(params: Params, run_id: str | None) -> None:
-    """Record the run in the current folder that ended before anything was registered; a store that fails is told."""
+def keep_run_record(params: Params, run_id: str | None, until: str) -> None:
+    """Record the run in the current folder that ended with the step `until`; a store that fails is told."""
     if run_id is None:
         return
     try:
         client, _ = open_store(params.tracking.experiment)
-        write_record(client, run_id, params)
+        write_record(client, run_id, params, until=until)
     except Exception as error:  # whatever a store, a driver or a network may raise
         warn(store_uri(), f"the run {run_id} has no lineage: {error}")
 

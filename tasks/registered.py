@@ -36,7 +36,8 @@ def _registered(client: "MlflowClient", name: str) -> str:
         names = [model.name for model in client.search_registered_models()]
         return f"models there are: {', '.join(names)}" if names else "no model is registered yet"
     aliases = client.get_registered_model(name).aliases
-    return f"{name} has versions {', '.join(map(str, versions[:10]))} and aliases {aliases}"
+    said = ", ".join(f"{alias} ({version})" for alias, version in aliases.items())
+    return f"{name} has versions {', '.join(map(str, versions[:10]))} and aliases {said or 'none'}"
 
 
 def version_of_run(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion":

@@ -121,18 +121,18 @@ class Stage:
         """Log what a stage has trained, with all that it stands on, as an MLflow model that answers chat requests."""
         from tasks.logged_models import artifact_folders, folder_size, log_chat_model
 
-        folders, quantization = artifact_folders(str(folder))
+        folders, quantised = artifact_folders(str(folder))
         if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
-            log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, *folders, quantization=quantization)
+            log = partial(log_chat_model, f"{self.name}-adapter", self.params.data, *folders, **quantised)
             self.tracker.write(lambda client, run_id: log())
 
     def log_reward_model(self, folder: str | Path) -> None:
         """Log a reward model, with all that it stands on, as an MLflow model that scores answers."""
         from tasks.logged_models import artifact_folders, folder_size, log_reward_model
 
-        folders, quantization = artifact_folders(str(folder))
+        folders, quantised = artifact_folders(str(folder))
         if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
-            log = partial(log_reward_model, self.name, self.params.data, *folders, quantization=quantization)
+            log = partial(log_reward_model, self.name, self.params.data, *folders, **quantised)
             self.tracker.write(lambda client, run_id: log())
 
     def log_model(self, folder: str | Path) -> None:
@@ -142,10 +142,10 @@ class Stage:
         """
         from tasks.logged_models import artifact_folders, folder_size, log_chat_model
 
-        folders, quantization = artifact_folders(folder)
+        folders, quantised = artifact_folders(folder)
         if sum(map(folder_size, folders)) <= MAX_COPY_BYTES:
             tags = {"dvc_md5": content_hash(folder)}
-            log = partial(log_chat_model, self.name, self.params.data, *folders, quantization=quantization, tags=tags)
+            log = partial(log_chat_model, self.name, self.params.data, *folders, **quantised, tags=tags)
             self.tracker.write(lambda client, run_id: log())
 
     def log_figure(self, name: str, figure: "Figure") -> None:

@@ -179,6 +179,14 @@ def warn(uri: str, text: str) -> None:
     print(re.sub(r"//[^/@\s]*@", "//", f"warning: MLflow at {uri}: {text}"), file=sys.stderr)
 
 
+def store_failure(error: Exception) -> str | None:
+    """A line for a person if the store has failed, without the password in its address; None for any other error."""
+    known = sys.modules.get("mlflow.exceptions")
+    if known is None or not isinstance(error, known.MlflowException):
+        return None
+    return re.sub(r"//[^/@\s]*@", "//", f"MLflow at {store_uri()}: {str(error).splitlines()[0]}")
+
+
 def link_steps(client: "MlflowClient", parent_id: str, steps: Iterable[str]) -> None:
     """Tag a parent with the run that made each step's output, and copy the step's metrics as `<step>.<name>`.
 

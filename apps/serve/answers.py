@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from glm.serving.answer import AnswerReader
-from glm.serving.engine import Engine, Event, Request
+from glm.serving.request import Event, Request, RequestQueue
 from glm.serving.sampling import Chosen, SamplingParams
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -42,10 +42,11 @@ class Choice:
 
 
 class Asked:
-    """A question with all its choices on the way; `id` is the answer's."""
+    """A question with all its choices on the way; `id` is the answer's, `model` what the client asked for."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, model: str, lora: str) -> None:
         self.id = f"{kind}-{uuid.uuid4().hex}"
+        self.model, self.lora = model, lora
         self.created = int(time.time())
         self.choices: list[Choice] = []
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -58,10 +59,10 @@ class Asked:
         def deliver(event: Event) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        self.choices.append(Choice(Request(prompt, params, reader, deliver, stream)))
+        self.choices.append(Choice(Request(prompt, params, reader, deliver, stream, self.lora)))
 
-    def submit(self, engine: Engine) -> None:
-        """Ask for all choices (see `Engine.submit` for what is raised)."""
+    def submit(self, engine: RequestQueue) -> None:
+        """Ask for all choices (see `RequestQueue.submit` for what is raised)."""
         engine.submit(*[choice.request for choice in self.choices])
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -121,10 +122,16 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, chosen: list[Chosen]) -> d
     }
 
 
-def completion_logprobs(tokenizer: PreTrainedTokenizerBase, chosen: list[Chosen], offset: int) -> dict[str, Any]:
-    """OpenAI's older `logprobs`; `offset` is where in the text the first token stands."""
-    texts = [token_text(tokenizer, one.token)[0] for one in chosen]
-    likely = [{token_text(tokenizer, token)[0]: value for token, value in one.alternatives} for one in chosen]
+def completion_logprobs(
+    tokenizer: PreTrainedTokenizerBase, chosen: list[Chosen], offset: int, as_ids: bool = False
+) -> dict[str, Any]:
+    """OpenAI's older `logprobs`; `offset` is where in the text the first token stands. `as_ids` names tokens by id."""
+
+    def name(token: int) -> str:
+        return f"token_id:{token}" if as_ids else token_text(tokenizer, token)[0]
+
+    texts = [name(one.token) for one in chosen]
+    likely = [{name(token): value for token, value in one.alternatives} for one in chosen]
     return {
         "tokens": texts,
         "token_logprobs": [one.logprob for one in chosen],

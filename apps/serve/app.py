@@ -27,13 +27,15 @@ from apps.serve.answers import (
 )
 from apps.serve.feedback import FeedbackStore
 from apps.serve.guard import Guard, error_body
+from apps.serve.loras import add_lora_routes
 from apps.serve.metrics import Metrics
 from apps.serve.schema import ChatRequest, CompletionRequest, Feedback, Sampling
 from glm.data.encode import with_prefix
 from glm.errors import InputError
 from glm.models.chat_encoding import encode_messages, refuse_surrogates
 from glm.serving.answer import AnswerReader
-from glm.serving.engine import Engine, QueueFullError
+from glm.serving.engine import Engine
+from glm.serving.request import QueueFullError, RequestQueue
 from glm.serving.sampling import SamplingParams
 from glm.serving.tools import template_messages, tool_format
 
@@ -54,9 +56,10 @@ class Options:
     max_body: int = 2_000_000  # bytes
     log_content: bool = False
     feedback: Path = Path("data/feedback")
+    lora_folder: Path | None = None  # below which adapters may be loaded by clients
 
 
-def create_app(engine: Engine, options: Options) -> FastAPI:
+def create_app(engine: RequestQueue, options: Options) -> FastAPI:
     """The application around a running engine."""
     app = FastAPI(title="glmflow", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     metrics = Metrics(engine)
@@ -65,6 +68,7 @@ def create_app(engine: Engine, options: Options) -> FastAPI:
     started = int(time.time())
 
     @app.get("/healthz")
+    @app.get("/health")  # vLLM's name
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -75,7 +79,9 @@ def create_app(engine: Engine, options: Options) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         model = {"id": options.name, "object": "model", "created": started, "owned_by": "glmflow"}
-        return {"object": "list", "data": [model | {"version": options.version}]}
+        more = {"version": options.version, "max_model_len": engine.max_length}
+        loras = [model | {"id": name, "parent": options.name} for name in engine.lora_names()]
+        return {"object": "list", "data": [model | more, *loras]}
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
@@ -88,6 +94,9 @@ def create_app(engine: Engine, options: Options) -> FastAPI:
     @app.post("/v1/feedback")
     async def feedback(body: Feedback) -> dict[str, str]:
         return {"id": body.id, "stored": store.add(body).name}
+
+    if options.lora_folder is not None and isinstance(engine, Engine):
+        add_lora_routes(app, engine, options.lora_folder)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -126,14 +135,14 @@ def failure(status: int, code: str, message: str, headers: Any = None) -> JSONRe
 class Server:
     """Answers the two kinds of question."""
 
-    def __init__(self, engine: Engine, options: Options, metrics: Metrics, store: FeedbackStore) -> None:
+    def __init__(self, engine: RequestQueue, options: Options, metrics: Metrics, store: FeedbackStore) -> None:
         self.engine, self.options, self.metrics, self.store = engine, options, metrics, store
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.tool_format = tool_format(engine.tokenizer)
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """An answer to a dialogue."""
-        self.check_model(body.model)
+        lora = self.lora_of(body.model)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         if tools and self.tool_format is None:
             raise InputError("tools: this model's prompt format has no place for them (ChatGLM3 and GLM-4 have)")
@@ -148,7 +157,7 @@ class Server:
         params = self.params(body, body.max_completion_tokens or body.max_tokens, len(chat.input_ids))
         if body.logprobs:
             params = replace(params, logprobs=body.top_logprobs or 0)
-        asked = Asked("chatcmpl")
+        asked = Asked("chatcmpl", body.model, lora)
         form = self.tool_format if tools else None
         for one in self.seeded(params, body.n):
             asked.add(chat.input_ids, one, AnswerReader(self.tokenizer, one.stop, tool_format=form), body.stream)
@@ -203,11 +212,16 @@ class Server:
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         """Continuations of plain text."""
-        self.check_model(body.model)
+        lora = self.lora_of(body.model)
         prompts = self.encoded(body.prompt)
-        asked = Asked("cmpl")
+        asked = Asked("cmpl", body.model, lora)
         for prompt in prompts:
-            params = replace(self.params(body, body.max_tokens or 16, len(prompt)), logprobs=body.logprobs)
+            params = replace(
+                self.params(body, body.max_tokens or 16, len(prompt)),
+                logprobs=body.logprobs,
+                stop_token_ids=tuple(body.stop_token_ids or ()),
+                ignore_eos=body.ignore_eos,
+            )
             for one in self.seeded(params, body.n):
                 asked.add(prompt, one, AnswerReader(self.tokenizer, one.stop, raw=True), body.stream)
         asked.submit(self.engine)
@@ -242,13 +256,17 @@ class Server:
     def completion_choice(
         self, index: int, text: str, choice: Choice, chosen: Any, body: CompletionRequest, offset: int
     ) -> dict[str, Any]:
-        wanted = body.logprobs is not None
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": completion_logprobs(self.tokenizer, chosen, offset) if wanted else None,
-            "finish_reason": choice.finish_reason or None,
-        }
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = completion_logprobs(self.tokenizer, chosen, offset, bool(body.return_tokens_as_token_ids))
+        told = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason or None}
+        if body.return_token_ids:
+            request = choice.request
+            last = [request.ended_by] if choice.finish_reason and request.ended_by is not None else []
+            told["token_ids"] = [one.token for one in chosen] + last
+            first = len(choice.chosen) == len(chosen)  # of a stream, whose chunks are then shorter
+            told["prompt_token_ids"] = request.prompt if first else None
+        return told
 
     async def whole(self, asked: Asked, http: Request) -> None:
         """Wait for all choices; if the client goes away before, they are cancelled and their places free.
@@ -303,15 +321,19 @@ class Server:
                 self.check_size(len(one))
                 refuse_surrogates(one)
                 one = self.tokenizer(one, split_special_tokens=True)["input_ids"]
-            elif max(one) >= self.engine.model.config.vocab_size:
+            elif max(one) >= self.engine.vocab_size:
                 raise InputError(f"prompt: {max(one)} is no token of this model")
             self.engine.check(one)
             out.append(one)
         return out
 
-    def check_model(self, name: str) -> None:
-        if name != self.options.name:
+    def lora_of(self, name: str) -> str:
+        """The adapter that a model's name stands for; "" for the model itself."""
+        if name == self.options.name:
+            return ""
+        if name not in self.engine.lora_names():
             raise HTTPException(404, f"model {name!a} is not served here; /v1/models lists {self.options.name!r}")
+        return name
 
     def check_size(self, characters: int) -> None:
         most = CHARACTERS_PER_TOKEN * self.engine.max_length
@@ -320,7 +342,7 @@ class Server:
 
     def head(self, asked: Asked, kind: str) -> dict[str, Any]:
         """What answers and all chunks begin with."""
-        return {"id": asked.id, "object": kind, "created": asked.created, "model": self.options.name}
+        return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
 
     def ended(self, asked: Asked, messages: list[dict[str, Any]] | None) -> None:
         """Count, log and remember an answer."""

@@ -18,7 +18,7 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-OPEN_PATHS = {"/healthz"}  # what a load balancer asks, without a key
+OPEN_PATHS = {"/healthz", "/health"}  # what a load balancer asks, without a key
 
 log = logging.getLogger("glmflow.serve")
 

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from glm.serving.engine import Engine, Request
+from glm.serving.request import Request, RequestQueue
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -10,7 +10,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: RequestQueue) -> None:
         self.registry = CollectorRegistry()
         self.responses = Counter("glmflow_http_responses", "Responses", ["path", "status"], registry=self.registry)
         self.answers = Counter("glmflow_answers", "Answers", ["finish_reason"], registry=self.registry)

@@ -1,17 +1,41 @@
 """`glmflow serve`: load the model, then listen."""
 
 import logging
+import signal
 import sys
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import uvicorn
+from transformers import GenerationConfig
 
 from apps.models import Resolved
 from apps.serve.app import Options, create_app
+from apps.serve.vllm import find_vllm, readable_folder, vllm_server
 from glm.errors import InputError
+from glm.models import load_tokenizer
 from glm.serving.engine import Engine
+from glm.serving.remote import RemoteEngine
+from glm.serving.request import RequestQueue
 
 LOCAL = {"127.0.0.1", "::1", "localhost"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Who computes the answers, and how many at once."""
+
+    kind: Literal["own", "vllm"] = "own"
+    url: str | None = None  # of an engine that runs already
+    url_key: str | None = None  # API key of that one
+    max_batch: int = 32
+    max_length: int | None = None
+    max_waiting: int = 256
+    dtype: str | None = None
 
 
 def check_binding(host: str, api_key: str | None, allow_anonymous: bool) -> None:
@@ -23,35 +47,63 @@ def check_binding(host: str, api_key: str | None, allow_anonymous: bool) -> None
         )
 
 
-def serve(
-    model: Resolved,
-    options: Options,
-    *,
-    host: str,
-    port: int,
-    max_batch: int,
-    max_length: int | None,
-    max_waiting: int,
-    dtype: str | None = None,
-) -> None:
+def serve(model: Resolved, options: Options, wanted: EngineOptions, *, host: str, port: int) -> None:
     """Answer until stopped (Ctrl-C, or SIGTERM).
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or the engine cannot serve it.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("glmflow.serve").setLevel(logging.INFO)
-    loaded, tokenizer = model.load(dtype=dtype)
     options = replace(options, source_prefix=options.source_prefix or model.data.source_prefix, version=model.version)
-    with Engine(loaded, tokenizer, max_batch=max_batch, max_length=max_length, max_waiting=max_waiting) as engine:
-        how = "in slots" if engine.slots else "batch by batch"
+    with open_engine(model, wanted) as engine:
         address = f"http://{host}:{port}/v1"
         print(
-            f"{model.describe()}\n{address}   model {options.name!r}; up to {max_batch} answers at once, {how}, "
-            f"of {engine.max_length} tokens with their prompts\n"
+            f"{model.describe()}\n{address}   model {options.name!r}; up to {engine.max_batch} answers at once, "
+            f"{engine.how}, of {engine.max_length} tokens with their prompts\n"
             f"    curl {address}/chat/completions -H 'Content-Type: application/json' \\\n"
             f"""        -d '{{"model": "{options.name}", "messages": [{{"role": "user", "content": "你好"}}]}}'""",
             flush=True,
         )
         app = create_app(engine, options)
         uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=10)
+
+
+@contextmanager
+def open_engine(model: Resolved, wanted: EngineOptions) -> Iterator[RequestQueue]:
+    """The running engine that was asked for: ours, a vLLM of our own, or one at an address.
+
+    Raises:
+        InputError: there is no such model, or the engine cannot serve it.
+    """
+    sizes: dict[str, Any] = {
+        "max_batch": wanted.max_batch,
+        "max_length": wanted.max_length,
+        "max_waiting": wanted.max_waiting,
+    }
+    if wanted.url:
+        with remote_engine(model, wanted.url, wanted.url_key, sizes) as engine:
+            yield engine
+    elif wanted.kind == "vllm":
+        program = find_vllm()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clearing away what is begun here
+        with tempfile.TemporaryDirectory(prefix="glmflow-vllm-") as scratch:
+            folder = readable_folder(model, Path(scratch), wanted.dtype)
+            child = vllm_server(
+                program, folder, max_batch=wanted.max_batch, max_length=wanted.max_length, dtype=wanted.dtype
+            )
+            with child as (url, key), remote_engine(model, url, key, sizes) as engine:
+                yield engine
+    else:
+        with Engine(*model.load(dtype=wanted.dtype), **sizes) as engine:
+            yield engine
+
+
+def remote_engine(model: Resolved, url: str, key: str | None, sizes: dict[str, Any]) -> RemoteEngine:
+    """An engine elsewhere, with the tokenizer, template and end tokens of `model`."""
+    tokenizer = load_tokenizer(model.base, revision=model.revision)
+    try:
+        config = GenerationConfig.from_pretrained(model.base, revision=model.revision)
+    except OSError:  # models of 2023 have none
+        config = None
+    return RemoteEngine(tokenizer, url, config, api_key=key, **sizes)

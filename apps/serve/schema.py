@@ -114,6 +114,23 @@ class CompletionRequest(Sampling):
     echo: Literal[False] | None = Field(None, description="not supported")
     suffix: None = Field(None, description="not supported")
     best_of: Literal[1] | None = Field(None, description="1 only")
+    # Not in OpenAI's interface; as in vLLM 0.28, for those who work with tokens.
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = Field(
+        None, description="tokens that end the answer, beside the model's own"
+    )
+    ignore_eos: bool = Field(False, description="the model's own end tokens do not end the answer")
+    return_token_ids: bool | None = Field(
+        None, description="with the answer's token_ids (end token included) and prompt_token_ids"
+    )
+    return_tokens_as_token_ids: bool | None = Field(None, description="tokens in logprobs are written token_id:ID")
+
+
+class UnloadLora(Body):
+    lora_name: Name
+
+
+class LoadLora(UnloadLora):
+    lora_path: Name = Field(description="folder of an adapter in PEFT's format, as this server sees it")
 
 
 class Feedback(Body):

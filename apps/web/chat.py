@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from apps.chat import Chat
+from apps.models import KINDS
 from apps.serve.feedback import FeedbackStore
 from apps.serve.schema import Feedback
 from apps.web.loaded import FEEDBACK, Loaded, Models
@@ -82,6 +83,8 @@ def build(text: Texts, models: Models) -> None:
     def take(asked: str, left: Side, right: Side, left_name: str, right_name: str) -> tuple[Any, ...]:
         if not asked.strip():
             raise InputError(text("chat.no_question"))
+        if not (left_name.strip() or right_name.strip()):
+            raise InputError(f"model: empty; expected {KINDS}")
         for side, name in ((left, left_name), (right, right_name)):
             begin(side, name.strip())
             if side.name:

@@ -64,7 +64,7 @@ def build(tab: gr.Tab, text: Texts) -> None:
 
     inputs = [name, use, at]
     tab.select(told(load), None, [overview, name, report], **QUIET).then(told(show), inputs, rows, **QUIET)
-    name.input(lambda: (1, ""), None, [at, checked], **QUIET).then(told(show), inputs, rows, **QUIET)
+    name.input(lambda: (1, "", ""), None, [at, rows, checked], **QUIET).then(told(show), inputs, rows, **QUIET)
     gr.on([use.input, at.submit, at.blur], told(show), inputs, rows, **QUIET)
     back.click(told(lambda *values: turn(-1, *values)), inputs, [at, rows], **QUIET)
     forth.click(told(lambda *values: turn(1, *values)), inputs, [at, rows], **QUIET)

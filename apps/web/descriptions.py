@@ -8,6 +8,10 @@ CHINESE = {
     "frozen weights in 4 or 8 bits: bitsandbytes (nf4, fp4, int8), or the authors' (cpm-…)": (
         "冻结权重用 4 或 8 位：bitsandbytes（nf4、fp4、int8），或原作者的格式（cpm-…）"
     ),
+    "vllm: a server that gets the LoRA before each batch": "vllm：由服务器采样，每批之前把 LoRA 交给它",
+    "vllm: of `vllm serve BASE --enable-lora`, on this machine": (
+        "vllm：本机上 `vllm serve BASE --enable-lora` 的地址"
+    ),
     "of nf4 and fp4: the scales are quantised too": "用于 nf4 和 fp4：缩放系数也做量化",
     "folders of adapters you trained before, applied in this order under everything": (
         "之前训练好的适配器文件夹，按此顺序叠加在最底层"
@@ -146,7 +150,9 @@ CHINESE = {
     "of the export: bitsandbytes' nf4, or the authors' (cpm-…)": (
         "导出的量化：bitsandbytes 的 nf4，或原作者的（cpm-…）"
     ),
-    "owner/name of a model on the hub, made or updated; empty: none": ("hub 上的 owner/name，新建或更新；留空：不上传"),
+    "owner/name on the hub of what becomes the champion; empty: none": (
+        "成为 champion 的模型上传到 hub 上的 owner/name；留空：不上传"
+    ),
     "a model that is new on the hub is seen by its owner alone": "新建的 hub 模型只有所有者可见",
     "one a GPU; without a GPU, on the CPU": "每块 GPU 一个进程；没有 GPU 时用 CPU",
     "who holds the weights, gradients and moments of method full in SFT and reward model: each process all of "
@@ -163,4 +169,5 @@ CHINESE = {
     "packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where the loss looks": (
         "打包且 LoRA 无 dropout 时，用更少更省的步骤计算 Glm 层，最后一层只算损失用到的位置"
     ),
+    "packed answers of a ranking share the computation of their prompt": "打包时，同一排序的各回答共用一次提示的计算",
 }

@@ -4,7 +4,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,9 +18,11 @@ from apps.web.telling import QUIET, told
 from apps.web.texts import Texts
 from flows import ROOT
 from flows.dvc_stage import stage_environment
+from glm.config import Export
 from glm.errors import InputError
 
 FOLDER = "exports"
+DEFAULTS = Export().model_dump() | {"dtype": "", "push_to_hub": ""}
 
 
 class Exporting:
@@ -32,7 +36,7 @@ class Exporting:
 
 def build(text: Texts) -> None:
     """The tab's components and events."""
-    options = [one for one in parameters() if one.section == "export"]
+    options = [of_export(one, text) for one in parameters() if one.section == "export"]
     state = gr.State(Exporting())
     with gr.Row():
         model = gr.Textbox(
@@ -40,9 +44,9 @@ def build(text: Texts) -> None:
         )
         out = gr.Textbox("", label=text("export.out"), info=text("export.out_info"), elem_id="export-out")
     with gr.Row(elem_classes="fields"):
-        fields = [
-            component(one, one.name.partition(".")[2], text, f"x-{one.name.partition('.')[2]}") for one in options
-        ]
+        fields = [component(one, key_of(one), text, f"x-{key_of(one)}") for one in options]
+        for one, field in zip(options, fields, strict=True):
+            field.value = DEFAULTS[key_of(one)]
     with gr.Row():
         start = gr.Button(text("export.start"), variant="primary", elem_id="export-start")
         stop = gr.Button(text("chat.stop"), variant="stop")
@@ -62,6 +66,18 @@ def build(text: Texts) -> None:
     stop.click(told(end), state, None, **QUIET)
 
 
+def key_of(one: Parameter) -> str:
+    """The parameter's name within its section."""
+    return one.name.partition(".")[2]
+
+
+def of_export(one: Parameter, text: Texts) -> Parameter:
+    """A parameter of the section `export` as this tab has it: a dtype may be left out, and what is sent is sent now."""
+    if key_of(one) == "dtype":
+        return replace(one, choices=("", *one.choices), description=text("export.dtype_info"))
+    return replace(one, description=text("export.hub_info")) if key_of(one) == "push_to_hub" else one
+
+
 def words_of(model: str, out: str, options: dict[Parameter, Any]) -> list[str]:
     """The command line; an option that was left empty is left out.
 
@@ -71,9 +87,14 @@ def words_of(model: str, out: str, options: dict[Parameter, Any]) -> list[str]:
     model, out = check_path("model", model), check_path("folder", out)
     if not model or not out:
         raise InputError("model, folder: name both")
-    words = ["export", model, f"{FOLDER}/{check_path('folder', f'./{out}').removeprefix('./')}"]
+    if model.startswith("-"):
+        raise InputError(f"model: {model!r} is an option of the command, not a name")
+    below = Path(check_path("folder", f"./{out}"))
+    if below == Path():
+        raise InputError(f"folder: {out!r} is {FOLDER} itself; name one below it")
+    words = ["export", model, f"{FOLDER}/{below}"]
     for one, value in options.items():
-        option = one.name.partition(".")[2].replace("_", "-")
+        option = key_of(one).replace("_", "-")
         if one.is_box:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif value:

@@ -15,7 +15,7 @@ TABS = {  # and their sections of params.yaml
     "sft": ("sft",),
     "reward": ("reward", "reward_model"),
     "policy": ALGORITHMS,
-    "more": ("evaluate", "export", "promote", "tracking", "launch"),
+    "more": ("evaluate", "export", "promote", "tracking", "launch", "rollout"),
 }
 
 

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from apps.chat import Chat
-from apps.models import Resolved, resolve
+from apps.models import KINDS, Resolved, resolve
 from apps.serve.feedback import FeedbackStore
 from apps.web.paths import check_path
 from flows import ROOT
@@ -68,9 +68,7 @@ class Models:
         """
         name = check_path(field, name)
         if not name:
-            raise InputError(
-                f"{field}: name a model: a folder such as models/export, models:/NAME@ALIAS, a run's id, a hub id"
-            )
+            raise InputError(f"{field}: empty; expected {KINDS}")
         with self._lock:  # one load at a time
             resolved = resolve(name)
             key = "\n".join([resolved.base, resolved.version, *resolved.adapters])

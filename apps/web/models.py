@@ -103,7 +103,10 @@ def moves_html(moves: list[champion.Move], text: Texts) -> str:
     if not moves:
         return ""
     head = [text(f"models.{key}") for key in ("at", "action", "version", "before", "by", "why")]
-    rows = [[one.at, one.action, one.version, one.before or "", one.by, one.reason] for one in reversed(moves)]
+    rows = [
+        [one.at[:16].replace("T", " "), one.action, one.version, one.before or "", one.by, one.reason]
+        for one in reversed(moves)
+    ]
     return f"<h3>{escape(text('models.moves'))}</h3><div class='wide'>{table(head, rows)}</div>"
 
 

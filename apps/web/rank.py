@@ -15,9 +15,10 @@ from apps.web.texts import Texts
 from glm.errors import InputError
 
 if TYPE_CHECKING:
-    from glm.serving.engine import Event, Request
+    from glm.serving.request import Event, Request
 
 MOST = 8  # answers
+LOOK_SECONDS = 1.0
 
 
 @dataclass
@@ -133,8 +134,14 @@ def answers(state: Ranking, prompt: str, count: int, temperature: float, tokens:
         request.stream = False
     state.loaded.engine.submit(*state.requests)
     try:
-        for _ in state.requests:
-            event = ended.get()
+        waiting = count
+        while waiting:
+            try:
+                event = ended.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                yield  # where it stops, and frees its places, if the visitor has closed the page
+                continue
+            waiting -= 1
             if event.finish_reason == "error":
                 raise RuntimeError(event.error)
             if event.text and event.text not in state.answers and event.finish_reason != "cancelled":

@@ -160,6 +160,8 @@ TEXTS = {  # key: (English, Chinese)
     "export.model": ("Model", "模型"),
     "export.out": ("Folder below exports/", "exports/ 下的文件夹"),
     "export.out_info": ("It must not be there yet.", "不能是已有的文件夹。"),
+    "export.dtype_info": ("Empty: as it is stored", "留空：与存储时相同"),
+    "export.hub_info": ("owner/name on the hub: sent there when it is done", "hub 上的 owner/name：导出完成后上传"),
     "export.start": ("Export", "导出"),
     "export.busy": ("An export is at work already.", "已有导出正在进行。"),
     "export.done": ("Exported, loaded again and compared with its source.", "已导出，并重新加载与来源核对。"),

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -30,6 +30,7 @@ from glm.data.packing import PackedRows
 from glm.files import file_hash, replace_folder, write_json, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -91,12 +92,25 @@ class TokenizedRows(Sequence[Example]):
             found += [[length] for length in _lengths(chunk)]
         return found
 
-    def packed(self, capacity: int, seed: int) -> PackedRows:
-        """All rows side by side in rows of `capacity` tokens (glm.data.packing), worked out once for each set."""
-        asked = {"capacity": capacity, "seed": seed, "code": file_hash(Path(packing.__file__), "sha256")}
+    def rankings(self) -> "Iterator[list[np.ndarray]]":
+        """The token ids of every ranking's sequences, without making lists of them."""
+        for chunk in self.dataset.data.column("sequences").chunks:
+            sequences = chunk.flatten()
+            ids, ends = sequences.flatten().to_numpy(), accumulate(_lengths(sequences), initial=0)
+            spans = (ids[start:end] for start, end in pairwise(ends))
+            yield from (list(islice(spans, count)) for count in _lengths(chunk))
+
+    def packed(self, capacity: int, seed: int, sizes: list[int] | None = None) -> PackedRows:
+        """All rows side by side in rows of `capacity` tokens (glm.data.packing), worked out once for each set.
+
+        `sizes`: what each row counts; None: all of its token ids.
+        """
+        sizes = sizes or [sum(each) for each in self.lengths()]
+        asked = {"capacity": capacity, "seed": seed, "sizes": _digest(json.dumps(sizes))}
+        asked["code"] = file_hash(Path(packing.__file__), "sha256")
         path = self.folder / f"packed-{_digest(json.dumps(asked, sort_keys=True))}.json"
         if not path.exists():
-            rows = packing.pack([sum(each) for each in self.lengths()], capacity, seed)
+            rows = packing.pack(sizes, capacity, seed)
             write_text(path, json.dumps({**asked, "rows": rows}))
         return PackedRows(self, json.loads(path.read_text(encoding="utf-8"))["rows"])
 

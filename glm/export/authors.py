@@ -21,6 +21,7 @@ from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel, PreTrainedT
 from glm.errors import InputError
 from glm.files import write_json
 from glm.models.chatglm1 import ChatGLMConfig, ChatGLMForCausalLM
+from glm.models.chatglm2 import REQUIRED
 from glm.models.prefix import prefix_of
 from glm.models.quantization import BLOCK_LINEAR, pack, row_scales
 from glm.models.tokenization_chatglm1 import ChatGLM1Tokenizer
@@ -190,12 +191,7 @@ def _glm_sizes(config: GlmConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "attention_dropout": config.attention_dropout,
         "hidden_dropout": 0.0,
-        "rmsnorm": True,
-        "post_layer_norm": True,
-        "original_rope": True,
-        "add_bias_linear": False,
-        "apply_residual_connection_post_layernorm": False,
-        "fp32_residual_connection": False,
+        **REQUIRED,
         "apply_query_key_layer_scaling": True,
         "attention_softmax_in_fp32": True,
         "bias_dropout_fusion": True,

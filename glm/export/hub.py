@@ -21,7 +21,7 @@ def check_access(repo_id: str) -> None:
         raise InputError(f"push_to_hub {repo_id}: the hub does not know you (HF_TOKEN, HF_ENDPOINT): {why}") from error
 
 
-def push(folder: Path, repo_id: str, private: bool) -> str:
+def push(folder: str | Path, repo_id: str, private: bool, message: str = "export") -> str:
     """Make the repository `repo_id` if it is not there, and commit the files of `folder` to it. Returns its URL.
 
     The endpoint and the token are those of huggingface_hub (HF_ENDPOINT, HF_TOKEN). What an adapter stands on by paths
@@ -36,7 +36,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, ignore_patterns=[FILE_NAME], commit_message=f"{folder.name}: export"
+            repo_id=repo_id, folder_path=folder, ignore_patterns=[FILE_NAME], commit_message=message
         )
     except Exception as error:  # of HTTP, of the network, of the hub's own rules
         raise InputError(f"push_to_hub {repo_id}: not sent, {folder} is complete: {_first_line(error)}") from error

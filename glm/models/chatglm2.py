@@ -22,7 +22,7 @@ from glm.models.checkpoint import Checkpoint, LazyTensor
 Rope = Literal["auto", "base", "linear"]
 
 # The published models all have these values; others would be another architecture.
-_REQUIRED = {
+REQUIRED = {
     "rmsnorm": True,
     "post_layer_norm": True,
     "original_rope": True,
@@ -63,7 +63,7 @@ def glm_config(original: dict[str, Any], path: Path, rope: Rope = "auto") -> Glm
     for field in _SIZES:
         if field not in original:
             raise InputError(f"{path}: {field} is missing; ChatGLM2, ChatGLM3 and GLM-4 configs have it")
-    for field, value in _REQUIRED.items():
+    for field, value in REQUIRED.items():
         if original.get(field, value) != value:
             raise InputError(f"{path}: {field} is {original[field]}; ChatGLM2, ChatGLM3 and GLM-4 have {value}")
     if "vision_config" in original:

@@ -8,6 +8,11 @@ torch's flex attention has no backward pass; there the same mask goes to "sdpa",
 
 A prefix LM (ChatGLM-6B) reads its prompt in both directions. It is attended twice, causally and then in both directions
 within prompts, and each token takes the result that is its own: no mask of any size, and fixed shapes to compile.
+
+"varlen" also takes rows in which the answers of a ranking share their prompt (`glm.training.packing`): an answer's
+queries stand in the row once, but its keys are the prompt's and its own. So keys and values, and nothing else, are
+copied to where they would be if each answer had the prompt to itself, and the same kernel attends from fewer queries to
+as many keys. The models of this family have two heads of keys to 32 of queries, which makes the copies small.
 """
 
 import importlib.util
@@ -42,7 +47,11 @@ def varlen_attention(
     dropout: float = 0.0,
     *,
     cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
     max_length_q: int,
+    max_length_k: int,
+    key_sources: Tensor | None = None,
+    key_copies: Tensor | None = None,
     cu_seq_lens_prefix: Tensor | None = None,
     in_prefix: Tensor | None = None,
     **_: Any,
@@ -50,42 +59,83 @@ def varlen_attention(
     """Attend within the sequences that start at `cu_seq_lens_q` (int32, from 0 to the row's length).
 
     `query` [1, heads, length, head_dim], `key` and `value` with as many heads or a divisor of it (grouped-query
-    attention). Repeated offsets at the end stand for empty sequences. For a prefix LM, `cu_seq_lens_prefix` are the
-    offsets of prompts and answers in turn, and `in_prefix` [1, length] says which tokens are a prompt's.
-    Returns [1, length, heads, head_dim].
+    attention). Repeated offsets at the end stand for empty sequences. With `key_sources` [keys], the tokens whose keys
+    and values stand side by side, sequences begin at `cu_seq_lens_k` there and may have more keys than queries, which
+    are then their last tokens'; `key_copies` [copies, length] is where a token's went, -1 for nowhere. For a prefix LM,
+    `cu_seq_lens_prefix` are the offsets of prompts and answers in turn, and `in_prefix` [1, length] says which tokens
+    are a prompt's. Returns [1, length, heads, head_dim].
     """
     # under autocast on float32 weights (method full) the rotary embedding widens query and key, and value is as wanted
     query, key = query.to(value.dtype), key.to(value.dtype)
     fast = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     attend = _flash if fast else _one_by_one
-    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal=True)
+    keys, values = key, value
+    if key_sources is not None:
+        keys, values = (_Copied.apply(states, key_sources, key_copies) for states in (key, value))
+    offsets, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+    output = attend(query, keys, values, offsets, longest, scaling, causal=True)
     if in_prefix is not None:
-        both_ways = attend(query, key, value, cu_seq_lens_prefix, max_length_q, scaling, causal=False)
+        within, longest = (cu_seq_lens_prefix, cu_seq_lens_prefix), (max_length_q, max_length_q)
+        both_ways = attend(query, key, value, within, longest, scaling, causal=False)
         output = torch.where(in_prefix[..., None, None], both_ways, output)
     return output, None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+    *,
+    causal: bool,
 ) -> Tensor:
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    window = (-1, 0 if causal else -1)
-    return varlen_attn(
-        query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, **_GROUPED
-    )[None]
+    window = (-1, 0 if causal else -1)  # of fewer queries than keys, the last one sees all
+    return varlen_attn(query, key, value, *offsets, *longest, scale=scaling, window_size=window, **_GROUPED)[None]
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+    *,
+    causal: bool,
 ) -> Tensor:
-    lengths = [length for length in offsets.diff().tolist() if length]
+    # a sequence without queries has no keys
+    queries, keys = ([length for length in begins.diff().tolist() if length] for begins in offsets)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
-        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    ]
+    outputs = []
+    for q, k, v in zip(query.split(queries, dim=2), key.split(keys, dim=2), value.split(keys, dim=2), strict=True):
+        mask = None
+        if shared := k.shape[2] - q.shape[2]:  # is_causal would take the queries for those of the first keys
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(shared)
+        options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scaling}
+        outputs.append(F.scaled_dot_product_attention(q, k, v, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _Copied(torch.autograd.Function):
+    """states[:, :, sources]; the gradient is gathered from `copies`, which takes no atomic additions and no order."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, sources: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(copies)
+        return states.index_select(2, sources)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        own, *others = ctx.saved_tensors[0]
+        total = gradients[0].index_select(2, own)
+        for other in others:
+            found = gradients[0].index_select(2, other.clamp(min=0))
+            total = total + torch.where((other >= 0)[:, None], found, 0)
+        return total, None, None
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

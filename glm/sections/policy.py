@@ -10,6 +10,7 @@ from glm.sections.training import Tuned
 
 # What improves the SFT model. Each is a section below and a program, tasks/<algorithm>.py.
 Algorithm = Literal["ppo", "dpo", "kto", "grpo", "rloo", "rrhf", "raft"]
+ONLINE = ("ppo", "grpo", "rloo", "raft")  # those that learn from the policy's own answers
 
 
 class Ppo(Tuned):
@@ -78,6 +79,7 @@ class Offline(Rival, Tuned):
     """Learns from the ranked answers of data.reward, packed side by side."""
 
     packing: bool = True
+    share_prompt: bool = Field(True, description="packed answers of a ranking share the computation of their prompt")
     tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
 
 
@@ -181,4 +183,20 @@ class RewardModel(Section):
             raise ValueError(f"path of a function is module:name or file.py:name (found {self.path!r})")
         if self.source == "http" and not re.match(r"https?://.", self.path or ""):
             raise ValueError(f"path of an endpoint begins with http:// or https:// (found {self.path!r})")
+        return self
+
+
+class Rollout(Section):
+    """Who draws the policy's answers in PPO, GRPO, RLOO and RAFT; the others learn from data."""
+
+    engine: Literal["own", "vllm"] = Field("own", description="vllm: a server that gets the LoRA before each batch")
+    url: str | None = Field(None, description="vllm: of `vllm serve BASE --enable-lora`, on this machine")
+
+    @model_validator(mode="after")
+    def url_for_vllm(self) -> Self:
+        if (self.engine == "own") != (self.url is None):
+            what = "needs a url" if self.url is None else f"has no url: leave {self.url!r} out"
+            raise ValueError(f"engine {self.engine} {what}")
+        if self.url is not None and not re.match(r"https?://.", self.url):
+            raise ValueError(f"url begins with http:// or https:// (found {self.url!r})")
         return self

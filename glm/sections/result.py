@@ -31,7 +31,9 @@ class Export(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_shard_size: str = Field("2GB", pattern=r"^\d+(MB|GB)$")
     push_to_hub: str | None = Field(
-        None, pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name of a model on the hub, made or updated; empty: none"
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="owner/name on the hub of what becomes the champion; empty: none",
     )
     private: bool = Field(True, description="a model that is new on the hub is seen by its owner alone")
 

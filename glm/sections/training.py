@@ -130,6 +130,7 @@ class Reward(Training):
     loss_type: Literal["pairwise", "plackett_luce"] = Field("pairwise", description="of rankings of more than two")
     margin: float = Field(0.0, ge=0, description="by how much a better answer should score higher")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of the term that holds scores around 0")
+    share_prompt: bool = Field(True, description="packed answers of a ranking share the computation of their prompt")
 
     @model_validator(mode="after")
     def margin_is_of_pairs(self) -> Self:

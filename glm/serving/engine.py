@@ -12,13 +12,12 @@ products do.)
 """
 
 import logging
-import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,63 +31,17 @@ from transformers import (
 )
 
 from glm.data.collate import pad_ids
-from glm.data.encode import end_id
 from glm.errors import InputError
 from glm.generation import decode_step
-from glm.serving.answer import AnswerReader
-from glm.serving.sampling import Chosen, SamplingParams, choose
+from glm.serving.loras import Loras
+from glm.serving.request import DEFAULT_LENGTH, QueueFullError, Request, RequestQueue, end_ids
+from glm.serving.sampling import choose
 from glm.serving.slots import Slots
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-DEFAULT_LENGTH = 2048
-ROLE_ENDS = ("<|user|>", "<|observation|>")  # with which ChatGLM3 and GLM-4 end an answer, beside the end token
 
 log = logging.getLogger(__name__)
 
 
-class QueueFullError(RuntimeError):
-    """As many requests wait as are allowed to."""
-
-
-class Event(NamedTuple):
-    """What is new of an answer."""
-
-    text: str
-    chosen: list[Chosen]
-    finish_reason: FinishReason | None = None
-    error: str = ""
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way to an answer.
-
-    `deliver` is called in the engine's thread, for each token if `stream`, else once at the end; it must be quick.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    reader: AnswerReader
-    deliver: Callable[[Event], None]
-    stream: bool = True
-    cancelled: bool = False  # set by whoever no longer wants the answer
-    last_token: int = 0
-    completion_tokens: int = 0  # the end token counts
-    submitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
-    finished: float | None = None
-    _pending: list[Chosen] = field(default_factory=list)
-    _text: str = ""
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.params.seed)
-
-    def cancel(self) -> None:
-        """Want no more of it: its slot is free at the next token. Safe in every thread."""
-        self.cancelled = True
-
-
-class Engine:
+class Engine(RequestQueue):
     """Answers requests with one model.
 
     Args:
@@ -110,14 +63,19 @@ class Engine:
         max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length
         if max_length > longest:
             raise InputError(f"max_length: {max_length} tokens, but the model was made for {longest}")
-        self.model, self.tokenizer = model, tokenizer
-        self.max_batch, self.max_length, self.max_waiting = max_batch, max_length, max_waiting
-        self.ends = end_ids(model, tokenizer)
+        super().__init__(
+            tokenizer,
+            ends=end_ids(model.generation_config, tokenizer),
+            vocab_size=model.config.vocab_size,
+            max_batch=max_batch,
+            max_length=max_length,
+            max_waiting=max_waiting,
+        )
+        self.model = model
         self.slots = Slots(model, rows=max_batch, columns=max_length) if decode_step.supports(model) else None
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self._wake = threading.Condition()
-        self._stopping = False
+        self.how = "in slots" if self.slots else "batch by batch"
+        self.loras = Loras(model)
+        self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
     def __enter__(self) -> Self:
@@ -132,35 +90,50 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def check(self, prompt: list[int]) -> None:
-        """Raise InputError for a prompt that leaves no room for an answer."""
-        if not 0 < len(prompt) < self.max_length:
-            raise InputError(f"the prompt has {len(prompt)} tokens; this server takes 1 to {self.max_length - 1}")
+    def load_lora(self, name: str, folder: Path) -> None:
+        """Take up a LoRA between two tokens; requests name it by `lora`. Raises InputError as `Loras.load`."""
+        self._between_tokens(lambda: self.loras.load(name, folder))
 
-    def submit(self, *requests: Request) -> None:
-        """Let requests wait for their places, all or none of them.
+    def lora_names(self) -> list[str]:
+        """The LoRAs that requests may name."""
+        return list(self.loras.folders)
 
-        Raises:
-            InputError: a prompt that leaves no room for an answer.
-            QueueFullError: there are too many already.
-        """
-        for request in requests:
-            self.check(request.prompt)
+    def unload_lora(self, name: str) -> None:
+        """Forget a LoRA. Raises InputError if there is no such one, or requests want it."""
+
+        def unload() -> None:
+            if name not in self.loras.folders:
+                raise InputError(f"lora_name: the adapter {name!a} cannot be found")
+            if any(request.lora == name for request in [*self.running, *self.waiting]):
+                raise InputError(f"lora_name: requests are answered with the adapter {name!a}")
+            if name == self.loras.active:
+                self._use_lora("")
+            self.loras.unload(name)
+
+        self._between_tokens(unload)
+
+    def _between_tokens(self, job: Callable[[], None]) -> None:
+        """Have the engine's thread do something, and wait for it."""
+        done: Future[None] = Future()
         with self._wake:
             if self._stopping:
                 raise QueueFullError("the engine is shutting down")
-            free = self.max_batch - len(self.running)
-            if len(self.waiting) + len(requests) > max(free, 0) + self.max_waiting:
-                raise QueueFullError(f"{len(self.running)} requests are answered and {len(self.waiting)} wait already")
-            self.waiting.extend(requests)
+            self._jobs.append((job, done))
             self._wake.notify()
+        done.result()
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self.waiting or self.running or self._stopping)
+                self._wake.wait_for(lambda: self.waiting or self.running or self._jobs or self._stopping)
                 if self._stopping:
                     break
+            while self._jobs:
+                job, done = self._jobs.popleft()
+                try:
+                    done.set_result(job())
+                except Exception as error:
+                    done.set_exception(error)
             try:
                 if self.slots:
                     self._turn(self.slots)
@@ -170,6 +143,8 @@ class Engine:
                 log.exception("a batch failed")
                 self._fail(str(error).splitlines()[0] if str(error) else type(error).__name__)
         self._fail("the server is shutting down")
+        for _, done in self._jobs:
+            done.set_exception(QueueFullError("the engine is shutting down"))
 
     @torch.no_grad()
     def _turn(self, slots: Slots) -> None:
@@ -180,6 +155,7 @@ class Engine:
             slots.drop(self._leave())
         if arrived := self._admitted():
             self.running += arrived
+            self._use_lora(arrived[0].lora)
             self._advance(arrived, slots.admit([request.prompt for request in arrived]))
             slots.drop(self._leave())
 
@@ -189,6 +165,7 @@ class Engine:
         self.running = self._admitted()
         if not self.running:
             return
+        self._use_lora(self.running[0].lora)
         batch = pad_ids([request.prompt for request in self.running], self.tokenizer.pad_token_id, "left")
         hooks = _Hooks(self, list(self.running))
         self.model.generate(
@@ -204,10 +181,13 @@ class Engine:
         self._leave()
 
     def _admitted(self) -> list[Request]:
-        """Take from the queue, in its order, those for whom there is a place."""
+        """Take from the queue, in its order, those for whom there is a place; a batch has one LoRA."""
         arrived: list[Request] = []
         with self._wake:
             while self.waiting and len(self.running) + len(arrived) < self.max_batch:
+                beside = [*self.running, *arrived]
+                if beside and beside[0].lora != self.waiting[0].lora:
+                    break
                 request = self.waiting.popleft()
                 if request.cancelled:
                     self._end(request, "cancelled")
@@ -215,47 +195,20 @@ class Engine:
                     arrived.append(request)
         return arrived
 
+    @torch.no_grad()
+    def _use_lora(self, name: str) -> None:
+        """Compute with this LoRA; where it is another one than before, no other request is under way."""
+        if name != self.loras.active:
+            self.loras.use(name)
+            if self.slots:
+                self.slots.follow_adapter()
+
     def _advance(self, requests: list[Request], logits: Tensor) -> None:
         """Choose each request's next token and hand out what it adds."""
         draws = [request.random.random() for request in requests]
         for request, chosen in zip(requests, choose(logits, [r.params for r in requests], draws), strict=True):
             if request.finished is None:
                 self._take(request, chosen)
-
-    def _take(self, request: Request, chosen: Chosen) -> None:
-        request.last_token = chosen.token
-        request.completion_tokens += 1
-        request.first_token = request.first_token or time.monotonic()
-        if chosen.token in self.ends:
-            self._end(request, "stop")
-            return
-        request._pending.append(chosen)
-        request._text += request.reader.add(chosen.token)
-        if request.cancelled:
-            self._end(request, "cancelled")
-        elif request.reader.stopped:
-            self._end(request, "stop")
-        elif request.completion_tokens >= self._room(request):
-            self._end(request, "length")
-        elif request.stream and request._text:
-            self._deliver(request)
-
-    def _room(self, request: Request) -> int:
-        return min(request.params.max_new_tokens, self.max_length - len(request.prompt))
-
-    def _end(self, request: Request, reason: FinishReason, error: str = "") -> None:
-        request.finished = time.monotonic()
-        if reason != "error":
-            request._text += request.reader.finish()
-        self._deliver(request, reason, error)
-
-    def _deliver(self, request: Request, reason: FinishReason | None = None, error: str = "") -> None:
-        event = Event(request._text, request._pending, reason, error)
-        request._text, request._pending = "", []
-        try:
-            request.deliver(event)
-        except Exception:  # whoever asked is gone
-            request.cancel()
 
     def _leave(self) -> list[int]:
         """Let those go who have ended; returns their places."""
@@ -298,12 +251,3 @@ class _Ended(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.tensor([request.finished is not None for request in self.requests], device=input_ids.device)
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, those of the generation config, ChatGLM3's and GLM-4's roles."""
-    said = model.generation_config.eos_token_id if model.generation_config else None
-    listed = [said] if isinstance(said, int) else said or []
-    vocabulary = tokenizer.get_added_vocab()
-    roles = [vocabulary[role] for role in ROLE_ENDS if role in vocabulary]
-    return frozenset([end_id(tokenizer), *listed, *roles])

@@ -18,6 +18,8 @@ class SamplingParams:
     top_k: int = 0  # this many most probable tokens; 0: all
     seed: int | None = None  # the same seed gives the same answer, whoever else is in the batch
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    stop_token_ids: tuple[int, ...] = ()  # that end the answer, beside the model's own
+    ignore_eos: bool = False  # the model's own end tokens do not end it
     logprobs: int | None = None  # of the chosen token and this many most probable ones; None: not wanted
 
 

@@ -36,7 +36,7 @@ class Graph:
 
 
 class Slots:
-    """Decodes with one Glm model that `decode_step.supports`, without adapters beside its weights."""
+    """Decodes with one Glm model that `decode_step.supports`, under the LoRA that was active when it last looked."""
 
     def __init__(self, model: GlmForCausalLM, *, rows: int, columns: int) -> None:
         self.model = model
@@ -45,14 +45,20 @@ class Slots:
         self.block = decode_step.decode_block
         if self.on_gpu:
             self.block = torch.compile(decode_step.decode_block, fullgraph=True, dynamic=False)
-        self.weights = decode_step.with_rotary_tables(decode_step.gather_weights(model), model, columns)
+        self.follow_adapter()
         config = model.config
         cache = (rows, config.num_key_value_heads, columns, config.head_dim)
         blocks = range(config.num_hidden_layers)
         self.keys = [torch.zeros(cache, dtype=model.dtype, device=model.device) for _ in blocks]
         self.values = [torch.zeros(cache, dtype=model.dtype, device=model.device) for _ in blocks]
         self.lengths: list[int] = []  # tokens in the cache, of each live row
-        self.graphs: dict[tuple[int, int], Graph] = {}
+
+    def follow_adapter(self) -> None:
+        """Take up the model's weights with the LoRA that is active now, or none; no row is live."""
+        self.graphs: dict[tuple[int, int], Graph] = {}  # they hold the old tensors
+        weights = decode_step.gather_weights(self.model)
+        self.weights = decode_step.with_rotary_tables(weights, self.model, self.columns)
+        decode_step.follow_adapter(self.weights, self.model)
 
     @torch.no_grad()
     def admit(self, prompts: list[list[int]]) -> Tensor:

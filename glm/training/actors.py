@@ -10,29 +10,36 @@ outside (`glm.training.external_reward`).
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.config import Method, Sft
-from glm.data.collate import pad, pad_ids
+from glm.errors import InputError
 from glm.generation import decode_step
 from glm.generation.decode import generate
+from glm.generation.remote_rollout import RemoteRollout
 from glm.generation.rollout import Decoder, Samples
 from glm.generation.shared_rollout import SharedDecoder
 from glm.models import lineage, methods
-from glm.models.adapters import causal_lm, half_precision, last_hidden, load_score
-from glm.models.chatglm1 import ChatGLMForCausalLM
+from glm.models.adapters import causal_lm, half_precision, load_score
+from glm.models.chatglm1 import ChatGLMConfig
+from glm.models.packed_attention import VARLEN, attention_of, why_not_packed
 from glm.models.variants import Variants
+from glm.training.batch import Batch, Inputs, batch_of, inputs_of, packing_for
 from glm.training.distributed import from_first, shared_rows, world_size
+from glm.training.fused_layer import Block, blocks_of, can_fuse, hidden_at, put_side_by_side
+from glm.training.layers import decoder_layers, forwards_are, run_layer
 
-FORWARD_TOKENS = 16384  # padded tokens of one forward pass without gradients
+FORWARD_TOKENS = 16384  # tokens of one forward pass without gradients
 LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
 
 logger = logging.getLogger(__name__)
@@ -59,52 +66,6 @@ class Sampling(Protocol):
     def temperature(self) -> float: ...
 
 
-@dataclass
-class Batch:
-    """Prompts with their answers. Shapes: n sequences, t tokens of the longest, a tokens of the longest answer."""
-
-    input_ids: Tensor  # [n, t] prompt + answer, right-padded
-    attention_mask: Tensor  # [n, t]
-    answers: Tensor  # [n, a] the answers' tokens
-    where: Tensor  # [n, a] the position whose hidden state predicts each answer token
-    mask: Tensor  # [n, a] 1.0 on answer tokens
-
-    def rows(self, chosen: Tensor | slice) -> "Batch":
-        """The sequences at the indices `chosen`."""
-        return Batch(
-            self.input_ids[chosen],
-            self.attention_mask[chosen],
-            self.answers[chosen],
-            self.where[chosen],
-            self.mask[chosen],
-        )
-
-    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The prompts and the answers as lists of token ids."""
-        starts, lengths = (self.where[:, 0] + 1).tolist(), self.mask.sum(-1).long().tolist()
-        prompts = [ids[:start] for ids, start in zip(self.input_ids.tolist(), starts, strict=True)]
-        answers = [ids[:length] for ids, length in zip(self.answers.tolist(), lengths, strict=True)]
-        return prompts, answers
-
-    def parts(self) -> list["Batch"]:
-        """The sequences in forward passes of at most FORWARD_TOKENS."""
-        size = max(1, FORWARD_TOKENS // self.input_ids.shape[1])
-        return [self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size)]
-
-
-def pack(prompts: list[list[int]], answers: list[list[int]], pad_id: int, device: torch.device) -> Batch:
-    """Put prompts and their answers one after the other into right-padded tensors."""
-    sequences = pad_ids([p + a for p, a in zip(prompts, answers, strict=True)], pad_id, "right")
-    where = [[len(p) - 1 + offset for offset in range(len(a))] for p, a in zip(prompts, answers, strict=True)]
-    return Batch(
-        sequences["input_ids"].to(device),
-        sequences["attention_mask"].to(device),
-        pad(answers, pad_id, "right").to(device),
-        pad(where, 0, "right").to(device),
-        pad([[1] * len(a) for a in answers], 0, "right").float().to(device),
-    )
-
-
 class Actors(nn.Module):
     """The base with its variants policy, reference and reward, and the heads for value and reward."""
 
@@ -118,11 +79,16 @@ class Actors(nn.Module):
         beneath: Sequence[str | Path] = (),
         scorer: Callable[[Batch], Tensor] | None = None,
         judge: Path | None = None,
+        rollout: RemoteRollout | None = None,
     ) -> None:
         """Put saved artifacts on `base`, which itself stands on those in `beneath`.
 
         A `policy` that is a folder of a LoRA is trained as a copy of it; other folders are for evaluation. A `scorer`
-        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`.
+        gives rewards [n] in place of `reward`. The `judge` is a reward model too, for `judge_score`. With a `rollout`
+        another server draws the policy's answers.
+
+        Raises:
+            InputError: a `rollout`, and a policy that is more than one LoRA on the weights of a model.
         """
         super().__init__()
         self.variants = Variants(base, beneath)
@@ -147,15 +113,41 @@ class Actors(nn.Module):
         self.trained = [*self.policy.values(), self.value_head.weight]
         self.use("policy")
         self.eval()  # no dropout anywhere, so that the ratio of a fresh rollout is 1
-        self.decoder = self._decoder(base)
-        if base.device.type == "cuda" and self.decoder is not None:
+        self.layers = decoder_layers(base)
+        self.packed = why_not_packed(base) is None and not any(v.prefix for v in self.variants.variants.values())
+        plain = not any(variant.weights for variant in self.variants.variants.values())
+        fused = self.packed and plain and can_fuse(base, dropout=False)
+        self.joint = put_side_by_side(self.layers) if fused else None  # before the decoder takes its weights
+        self.blocks: dict[str, list[Block]] = {}
+        self.rollout = rollout
+        variant = self.variants.variants["policy"]
+        if rollout is not None and (len(variant.loras) != 1 or variant.prefix is not None or variant.weights):
+            raise InputError("rollout.engine vllm: takes a policy that is one LoRA on a model's own weights")
+        self.decoder = None if rollout else self._decoder(base)
+        known = self.decoder is not None or (rollout is not None and decode_step.supports(base))
+        self.compiled = base.device.type == "cuda" and known
+        self.run_layer: Callable[..., Tensor] | None = run_layer if fused else None  # None: the layers' own forward
+        if self.compiled:
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
-            for layer in base.base_model.layers:
-                layer.compile()  # fuses norms, rotation and activation; one compilation serves all layers
+            self.run_layer = torch.compile(run_layer)  # one compilation serves all layers
 
     def use(self, adapter: str) -> None:
         """Put one of policy, reference, reward and base in place; only the policy's parameters require a gradient."""
         self.variants.use(adapter)
+
+    def pad_rows(self) -> None:
+        """From now on compute padded rows, in any case."""
+        self.packed, self.joint = False, None
+        if not self.compiled:
+            self.run_layer = None
+
+    def leave_layers_alone(self) -> None:
+        """From now on use the layers' own forward, on padded rows: TRL's trainers call it as well."""
+        self.pad_rows()
+        self.run_layer = None
+        if self.compiled:
+            for layer in self.layers:
+                layer.compile()
 
     def policy_state(self) -> dict[str, Tensor]:
         """What training changes of the policy, for a checkpoint."""
@@ -194,10 +186,13 @@ class Actors(nn.Module):
         params: Sampling,
         adapter: str = "policy",
     ) -> Samples:
-        """One answer to each prompt, drawn from the whole distribution of the model under `adapter`."""
+        """One answer to each prompt, drawn from the whole distribution of the model under `adapter`.
+
+        Log-probabilities are those with which the decoder drew; of answers from elsewhere they are worked out here.
+        """
         self.use(adapter)
         if self.decoder is not None and self._fused(adapter):
-            samples = self.decoder.sample(
+            return self.decoder.sample(
                 prompts,
                 tokenizer,
                 max_new_tokens=params.max_new_tokens,
@@ -205,6 +200,17 @@ class Actors(nn.Module):
                 do_sample=True,
                 temperature=params.temperature,
                 value_head=self.value_head,
+            )
+        told = None
+        if self.rollout is not None and adapter == "policy":
+            assert isinstance(self.model, PeftModel)
+            answers, told = self.rollout.sample(
+                self.model,
+                adapter,
+                prompts,
+                tokenizer,
+                max_new_tokens=params.max_new_tokens,
+                temperature=params.temperature,
             )
         else:
             answers = generate(  # by all processes alike: transformers draws for whole batches
@@ -217,22 +223,24 @@ class Actors(nn.Module):
                 temperature=params.temperature,
             )
             answers = from_first(answers)
-            batch = pack(prompts, answers, tokenizer.pad_token_id, self.model.device)
-            with torch.no_grad():
-                logprobs, values, _ = self(adapter, batch, params.temperature)
-            samples = Samples(answers, from_first(logprobs), from_first(values))
-        return samples
+        batch = batch_of(prompts, answers, self.model.device)
+        if self.rollout is not None and told is not None and not self.rollout.checked:
+            self.rollout.check(self.logprobs(adapter, batch, 1.0), told)
+        with torch.no_grad():
+            found = [self(adapter, part, params.temperature)[:2] for part in self.parts(batch)]
+        logprobs, values = (torch.cat(part) for part in zip(*found, strict=True))
+        return Samples(answers, from_first(logprobs), from_first(values))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         """Reward of each prompt + answer [n], read at its last token, or as the `scorer` says."""
 
-        def some(rows: Tensor | slice) -> Tensor:
+        def some(rows: Sequence[int]) -> Tensor:
             if self.scorer is not None:
                 return self.scorer(batch.rows(rows)).to(self.model.device)
             return self._score(batch.rows(rows), "reward", self.reward_head)
 
-        return shared_rows(len(batch.input_ids), some, self.model.device)
+        return shared_rows(len(batch.prompts), some, self.model.device)
 
     @torch.no_grad()
     def judge_score(self, batch: Batch) -> Tensor:
@@ -242,41 +250,67 @@ class Actors(nn.Module):
 
     def _score(self, batch: Batch, variant: str, head: nn.Linear) -> Tensor:
         self.use(variant)
-        last = []
-        for part in batch.parts():
-            ends = part.attention_mask.sum(-1) - 1
-            last.append(self._hidden(part)[torch.arange(len(ends), device=ends.device), ends])
-        return head(torch.cat(last).float()).squeeze(-1)
+        found = []
+        for part in self.parts(batch):
+            inputs = self._inputs(part)
+            found.append(self._hidden(inputs, inputs.ends))
+        return head(torch.cat(found).float()).squeeze(-1)
 
     @torch.no_grad()
     def logprobs(self, adapter: str, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities of the answers' tokens under `adapter`, without gradients: [n, a]."""
 
-        def some(rows: Tensor | slice) -> Tensor:
-            return torch.cat([self(adapter, part, temperature)[0] for part in batch.rows(rows).parts()])
+        def some(rows: Sequence[int]) -> Tensor:
+            return torch.cat([self(adapter, part, temperature)[0] for part in self.parts(batch.rows(rows))])
 
-        return shared_rows(len(batch.input_ids), some, self.model.device)
+        return shared_rows(len(batch.prompts), some, self.model.device)
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The sequences in forward passes of at most FORWARD_TOKENS."""
+        return batch.parts(FORWARD_TOKENS, packed=self.packed)
 
     def forward(
         self, adapter: str, batch: Batch, temperature: float, *, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the answers' tokens, values before each, and entropies: each [n, a], 0 on padding."""
         self.use(adapter)
-        hidden = self._hidden(batch)
-        states = hidden.gather(1, batch.where[..., None].expand(-1, -1, hidden.shape[-1]))  # these predict answers
-        head = self.model.get_output_embeddings()
+        inputs = self._inputs(batch)
+        states = self._hidden(inputs, inputs.predicting)
         with half_precision(self.model):
-            chosen, entropy = token_logprobs(
-                states.flatten(0, 1), head, batch.answers.flatten(), temperature, entropy_grad=entropy_grad
+            logprobs, entropies = token_logprobs(
+                states, self.model.get_output_embeddings(), inputs.tokens, temperature, entropy_grad=entropy_grad
             )
         values = self.value_head(states.float()).squeeze(-1)
-        return chosen.view_as(values) * batch.mask, values * batch.mask, entropy.view_as(values) * batch.mask
+        none = batch.mask.new_zeros(batch.mask.numel())
+        placed = (none.index_copy(0, inputs.places, found) for found in (logprobs, values, entropies))
+        logprobs, values, entropies = (found.view_as(batch.mask) for found in placed)
+        return logprobs, values, entropies
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        # A causal model never looks at padding on the right, and without a mask attention takes its fastest kernel.
-        # ChatGLM-6B is not causal within the prompt.
-        prefix_lm = isinstance(causal_lm(self.model), ChatGLMForCausalLM)
-        return last_hidden(self.model, batch.input_ids, batch.attention_mask if prefix_lm else None)
+    def _inputs(self, batch: Batch) -> Inputs:
+        config = causal_lm(self.model).config
+        packing = packing_for(config, batch, compiled=self.compiled) if self.packed else None
+        return inputs_of(batch, packing, masked=isinstance(config, ChatGLMConfig))
+
+    def _hidden(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        """Last hidden states [m, hidden] at `positions` [m] of the flattened rows, under the variant in use."""
+        with self._layers() as fused:
+            return hidden_at(self.model, positions, fused=fused, **inputs.model)
+
+    @contextmanager
+    def _layers(self) -> Iterator[bool]:
+        """Inside, the layers run as a forward pass of ours wants them; gives whether they are fused."""
+        causal = causal_lm(self.model)
+        blocks: Sequence[Block | None] = [None] * len(self.layers)
+        if self.joint is not None:
+            active = self.variants.active
+            if active not in self.blocks:
+                self.blocks[active] = blocks_of(self.layers, self.joint)
+            blocks = self.blocks[active]
+        with (
+            attention_of(causal, VARLEN if self.packed else None),
+            forwards_are(self.run_layer, self.layers, blocks) if self.run_layer else nullcontext(),
+        ):
+            yield self.joint is not None
 
 
 def token_logprobs(

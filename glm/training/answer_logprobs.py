@@ -1,80 +1,63 @@
-"""Log-probabilities of whole answers, computed on packed rows where the model allows it, else on padded ones."""
+"""Log-probabilities of whole answers, for the algorithms that learn from rankings."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm.config import Offline
-from glm.models.adapters import causal_lm, half_precision, last_hidden
+from glm.models.adapters import causal_lm
 from glm.models.chatglm1 import ChatGLMConfig
-from glm.models.packed_attention import VARLEN, attention_of, why_not_packed
-from glm.training.actors import Actors, pack, token_logprobs
+from glm.training.actors import Actors
+from glm.training.batch import batch_of
 from glm.training.distributed import gathered, share_of
-from glm.training.packing import Packing, pack_step, packed_row
+from glm.training.packing import own_lengths, pack_step
 
 Ranking = dict[str, Any]  # `sequences`, best answer first, and the `starts` of their answers
 
 
-def packing_of(actors: Actors, params: Offline) -> Packing | None:
-    """How rows are packed; None where the parameters or the model's attention do not let them be."""
-    model = causal_lm(actors.model)
-    if not params.packing or why_not_packed(model):
-        return None
-    prefix_lm = model.config if isinstance(model.config, ChatGLMConfig) else None
-    return Packing(params.tokens_per_forward, multiple=1, max_sequences=0, max_length=0, prefix_lm=prefix_lm)
+def rows_of(rankings: Sequence[Ranking], size: Callable[[Ranking], int], tokens: int) -> list[list[Ranking]]:
+    """Rankings in forward passes of about `tokens` tokens; a ranking is never split.
+
+    Of several processes, each has its share of them.
+    """
+    return pack_step(list(share_of(rankings, size)), size, tokens)
 
 
-def rows_of(rankings: Sequence[Ranking], packing: Packing | None, tokens: int) -> list[list[Ranking]]:
-    """Rankings in forward passes of about `tokens` tokens; a ranking is never split."""
-    return pack_step(list(rankings), ranking_tokens, tokens)
-
-
-def ranking_tokens(ranking: Ranking) -> int:
-    """Tokens of a ranking's sequences."""
-    return sum(map(len, ranking["sequences"]))
+def ranking_size(actors: Actors, *, share_prompt: bool) -> Callable[[Ranking], int]:
+    """What tells how many tokens of a ranking are computed."""
+    if not (share_prompt and actors.packed):
+        return lambda ranking: sum(map(len, ranking["sequences"]))
+    config = causal_lm(actors.model).config
+    prefix_lm = config if isinstance(config, ChatGLMConfig) else None
+    return lambda ranking: sum(own_lengths(ranking["sequences"], prefix_lm))
 
 
 def answer_logprobs(
-    actors: Actors, adapter: str, rankings: Sequence[Ranking], packing: Packing | None, pad_id: int
+    actors: Actors, adapter: str, rankings: Sequence[Ranking], *, share_prompt: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum of the log-probabilities of each answer's tokens [n], and its number of tokens [n], ranking after ranking."""
-    sequences = [sequence for ranking in rankings for sequence in ranking["sequences"]]
-    starts = [start for ranking in rankings for start in ranking["starts"]]
-    device = actors.model.device
-    lengths = torch.tensor([len(ids) - start for ids, start in zip(sequences, starts, strict=True)], device=device)
-    if packing is None:
-        pairs = zip(sequences, starts, strict=True)
-        prompts, answers = zip(*((ids[:start], ids[start:]) for ids, start in pairs), strict=True)
-        logprobs, _, _ = actors(adapter, pack(list(prompts), list(answers), pad_id, device), 1.0)
-        return logprobs.sum(-1), lengths
-    packing = replace(packing, max_sequences=len(sequences), max_length=max(map(len, sequences)))
-    inputs = packed_row(sequences, packing, pad_id)
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    actors.use(adapter)
-    with attention_of(causal_lm(actors.model), VARLEN):
-        hidden = last_hidden(actors.model, **inputs)[0]
-    ends = torch.tensor([*map(len, sequences)]).cumsum(0).tolist()
-    spans = zip(ends, lengths.tolist(), strict=True)
-    positions = torch.cat([torch.arange(end - length, end) for end, length in spans]).to(device)
-    head = actors.model.get_output_embeddings()
-    with half_precision(actors.model):
-        logprobs, _ = token_logprobs(hidden[positions - 1], head, inputs["input_ids"][0, positions], 1.0)
-    owner = torch.arange(len(sequences), device=device).repeat_interleave(lengths)
-    return torch.zeros(len(sequences), device=device).index_add(0, owner, logprobs), lengths
+    parts = [
+        (ids[:start], ids[start:])
+        for ranking in rankings
+        for ids, start in zip(ranking["sequences"], ranking["starts"], strict=True)
+    ]
+    prompts, answers = zip(*parts, strict=True)
+    sizes = [len(ranking["sequences"]) for ranking in rankings] if share_prompt else None
+    batch = batch_of(prompts, answers, actors.model.device, sizes)
+    logprobs, _, _ = actors(adapter, batch, 1.0)
+    return logprobs.sum(-1), batch.mask.sum(-1)
 
 
 @torch.no_grad()
 def reference_logprobs(
-    actors: Actors, rankings: Sequence[Ranking], packing: Packing | None, pad_id: int, tokens: int
+    actors: Actors, rankings: Sequence[Ranking], tokens: int, *, share_prompt: bool
 ) -> list[list[float]]:
     """The answers' log-probabilities under the adapter "reference", for each ranking."""
     found: dict[int, list[float]] = {}
     numbered = [{**ranking, "number": number} for number, ranking in enumerate(rankings)]
-    for row in rows_of(share_of(numbered, ranking_tokens), packing, tokens):
-        sums, _ = answer_logprobs(actors, "reference", row, packing, pad_id)
+    for row in rows_of(numbered, ranking_size(actors, share_prompt=share_prompt), tokens):
+        sums, _ = answer_logprobs(actors, "reference", row, share_prompt=share_prompt)
         sizes = [len(ranking["sequences"]) for ranking in row]
         for ranking, values in zip(row, sums.split(sizes), strict=True):
             found[ranking["number"]] = values.tolist()

@@ -57,14 +57,14 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
     return dealt
 
 
-def shared_rows(rows: int, compute: Callable[[Tensor | slice], Tensor], device: torch.device) -> Tensor:
+def shared_rows(rows: int, compute: Callable[[Sequence[int]], Tensor], device: torch.device) -> Tensor:
     """`compute(indices)` [m, …] of this process's share of the rows, and of the others' theirs: [rows, …]."""
     if world_size() == 1:
-        return compute(slice(None))
-    mine = torch.arange(rank(), rows, world_size(), device=device)
-    part = compute(mine if len(mine) else torch.zeros(1, dtype=torch.long, device=device))
+        return compute(range(rows))
+    mine = range(rank(), rows, world_size())
+    part = compute(mine or range(1))
     whole = part.new_zeros(rows, *part.shape[1:])
-    whole[mine] = part[: len(mine)]
+    whole[torch.tensor(mine, device=device, dtype=torch.long)] = part[: len(mine)]
     dist.all_reduce(whole)
     return whole
 

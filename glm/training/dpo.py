@@ -16,15 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Dpo
 from glm.training.actors import Actors
-from glm.training.answer_logprobs import (
-    Ranking,
-    answer_logprobs,
-    packing_of,
-    ranking_tokens,
-    reference_logprobs,
-    rows_of,
-)
-from glm.training.distributed import share_of, summed_numbers
+from glm.training.answer_logprobs import Ranking, answer_logprobs, ranking_size, reference_logprobs, rows_of
+from glm.training.distributed import summed_numbers
 from glm.training.policy_loop import batch_at, run
 
 
@@ -43,11 +36,14 @@ def train(
     Curves: `loss`, `accuracy` (share of pairs whose implicit rewards β log π/π_ref are in the right order), `margin`,
     and the mean implicit reward of the best and the worst answers (`chosen`, `rejected`).
     """
-    packing, pad_id = packing_of(actors, params), tokenizer.pad_token_id
+    if not params.packing:
+        actors.pad_rows()
+    share_prompt = params.share_prompt
+    size = ranking_size(actors, share_prompt=share_prompt)
     steps = range(1, params.max_steps + 1)
     needed = sorted({index for step in steps for index in batch_at(step, len(rankings), params.batch_size, seed)})
     chosen = [rankings[index] for index in needed]
-    references = reference_logprobs(actors, chosen, packing, pad_id, params.tokens_per_forward)
+    references = reference_logprobs(actors, chosen, params.tokens_per_forward, share_prompt=share_prompt)
     known = {
         index: {**ranking, "reference": values}
         for index, ranking, values in zip(needed, chosen, references, strict=True)
@@ -56,8 +52,8 @@ def train(
     def gradients(step: int) -> dict[str, float]:
         batch = [known[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
         sums: dict[str, float] = {}
-        for row in rows_of(share_of(batch, ranking_tokens), packing, params.tokens_per_forward):
-            logprobs, _ = answer_logprobs(actors, "policy", row, packing, pad_id)
+        for row in rows_of(batch, size, params.tokens_per_forward):
+            logprobs, _ = answer_logprobs(actors, "policy", row, share_prompt=share_prompt)
             reference = torch.tensor([value for ranking in row for value in ranking["reference"]]).to(logprobs)
             rewards = params.beta * (logprobs - reference)
             loss = torch.zeros((), device=rewards.device)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from glm.config import RewardModel
 from glm.errors import InputError
 from glm.generation.decode import decode
-from glm.training.actors import Batch
+from glm.training.batch import Batch
 
 Score = Callable[[list[str], list[str]], list[float]]  # prompts and answers → rewards
 
@@ -46,12 +46,11 @@ class Scorer:
         self.texts = texts or {}
 
     def __call__(self, batch: Batch) -> Tensor:
-        prompts, answers = batch.texts()
         asked = [
             self.texts.get(tuple(prompt)) or self.tokenizer.decode(prompt, skip_special_tokens=True)
-            for prompt in prompts
+            for prompt in batch.prompts
         ]
-        return torch.tensor(self.score(asked, [decode(self.tokenizer, answer) for answer in answers]))
+        return torch.tensor(self.score(asked, [decode(self.tokenizer, answer) for answer in batch.answers]))
 
 
 def load(params: RewardModel) -> Score:

@@ -50,8 +50,11 @@ class Block(NamedTuple):
     is_last: bool
 
 
-def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether `fused_layer` computes the layers of this model: Glm, frozen but for plain LoRAs without dropout."""
+def can_fuse(model: PreTrainedModel, *, dropout: bool = True) -> bool:
+    """Whether `fused_layer` computes the layers of this model: Glm, frozen but for plain LoRAs without dropout.
+
+    `dropout`: whether that of the LoRAs would be applied.
+    """
     if type(model) is not GlmForCausalLM or prefix_of(model) is not None:
         return False
     linears = [linear for layer in model.model.layers for linear in linears_of(layer)]
@@ -59,22 +62,41 @@ def can_fuse(model: PreTrainedModel) -> bool:
         return False
     dropouts = [linear.lora_dropout[name] for linear in linears for name in active_loras(linear)]
     frozen = [parameter for name, parameter in model.model.layers.named_parameters() if ".lora_" not in name]
-    return all(isinstance(dropout, nn.Identity) for dropout in dropouts) and not any(p.requires_grad for p in frozen)
+    none_acts = not dropout or all(isinstance(each, nn.Identity) for each in dropouts)
+    return none_acts and not any(parameter.requires_grad for parameter in frozen)
 
 
 @contextmanager
 def fused_blocks(layers: list[nn.Module]) -> Iterator[list[Block]]:
     """The blocks of these layers. Inside, q, k and v of a layer share one piece of memory, so that none is copied."""
-    blocks = []
-    for layer in layers:
-        q, k, v, out, gate_up, down = linears_of(layer)
-        blocks.append(Block(_side_by_side([q, k, v]), _alone(out), _alone(gate_up), _alone(down), layer is layers[-1]))
+    blocks = blocks_of(layers, put_side_by_side(layers))
     try:
         yield blocks
     finally:
         for layer in layers:
             for linear in map(base_of, linears_of(layer)[:3]):
                 linear.weight.data = linear.weight.data.clone()
+
+
+def put_side_by_side(layers: list[nn.Module]) -> list[Tensor]:
+    """Have q, k and v of each layer share one piece of memory; returns these weights, [q + k + v outputs, in]."""
+    joint = []
+    for layer in layers:
+        bases = [base_of(linear) for linear in linears_of(layer)[:3]]
+        joint.append(torch.cat([base.weight.data for base in bases]))
+        for base, rows in zip(bases, joint[-1].split([base.out_features for base in bases]), strict=True):
+            base.weight.data = rows
+    return joint
+
+
+def blocks_of(layers: list[nn.Module], joint: list[Tensor]) -> list[Block]:
+    """The layers' blocks under the LoRAs that are active now; `joint` is of `put_side_by_side`."""
+    blocks = []
+    for layer, weight in zip(layers, joint, strict=True):
+        q, k, v, out, gate_up, down = linears_of(layer)
+        qkv = _side_by_side([q, k, v], weight)
+        blocks.append(Block(qkv, _alone(out), _alone(gate_up), _alone(down), layer is layers[-1]))
+    return blocks
 
 
 def fused_layer(
@@ -107,19 +129,18 @@ def fused_layer(
 
 def hidden_at(model: PeftModel | PreTrainedModel, positions: Tensor, *, fused: bool, **inputs: Any) -> Tensor:
     """Last hidden states [n, hidden] at `positions` [n] of the flattened rows; fused layers compute no others."""
+    if positions.is_cuda:  # the number of both is another one in every row
+        torch._dynamo.maybe_mark_dynamic(positions, 0)
+        if "key_sources" in inputs:
+            torch._dynamo.maybe_mark_dynamic(inputs["key_sources"], 0)
     if not fused:
         return last_hidden(model, **inputs).flatten(0, 1)[positions]
-    if positions.is_cuda:
-        torch._dynamo.maybe_mark_dynamic(positions, 0)  # their number is another one in every row
     return last_hidden(model, keep=positions, **inputs)[0]
 
 
-def _side_by_side(linears: list[nn.Module]) -> Projection:
+def _side_by_side(linears: list[nn.Module], weight: Tensor) -> Projection:
     bases = [base_of(linear) for linear in linears]
     sizes = [base.out_features for base in bases]
-    weight = torch.cat([base.weight.data for base in bases])
-    for base, rows in zip(bases, weight.split(sizes), strict=True):
-        base.weight.data = rows
     bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
     return Projection(weight, bias, sizes, [_loras(linear) for linear in linears])
 

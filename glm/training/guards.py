@@ -40,7 +40,8 @@ def say_what_comes(model: Tunable, method: Method, params: Training, plan: Plan,
     trained, total = trainable_count(model)
     causal = causal_lm(model)
     state = optimizer_bytes(model, params.optim)
-    step = memory_estimate(causal, plan.row_tokens, state, plan.checkpointing, compiled=plan.compiled)
+    how: dict[str, Any] = {"compiled": plan.compiled, "copied_keys": plan.copied_keys}
+    step = memory_estimate(causal, plan.row_tokens, state, plan.checkpointing, **how)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     logger.info(
         "%s: %s trains %s of %s parameters (%.3f %%); %d steps; %s tokens an epoch; about %.2f GB: weights %.2f, "

@@ -1,6 +1,6 @@
 """How decoder layers run in training: compiled one by one, and keeping as many activations as memory allows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -38,21 +38,31 @@ def layers_run(
     but attention and the products that do not widen (of a GLM block: the MLP's first half and what is elementwise).
     `fused`: by `fused_layer`, for a model that `can_fuse`.
     """
-    run: Callable[..., Tensor] = {"none": _forward, "selective": _selective, "full": _full}[checkpointing]
+    run: Callable[..., Tensor] = {"none": run_layer, "selective": _selective, "full": _full}[checkpointing]
     if compiled and checkpointing == "full" and quantized(model):
         # torch 2.11 loses the marks of what to compute again in bitsandbytes' functions, and keeps everything.
-        run = partial(_full, run=torch.compile(_forward))
+        run = partial(_full, run=torch.compile(run_layer))
     elif compiled:
         run = torch.compile(run)
     layers = decoder_layers(model)
-    with lean_int8(model), fused_blocks(layers) if fused else nullcontext([None] * len(layers)) as blocks:
-        for layer, block in zip(layers, blocks, strict=True):
-            layer.forward = partial(run, layer, block)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
+    with (
+        lean_int8(model),
+        fused_blocks(layers) if fused else nullcontext([None] * len(layers)) as blocks,
+        forwards_are(run, layers, blocks),
+    ):
+        yield
+
+
+@contextmanager
+def forwards_are(run: Callable[..., Tensor], layers: list[nn.Module], blocks: Sequence[Block | None]) -> Iterator[None]:
+    """Inside, the forward of each of the `layers` is `run(layer, block, …)`."""
+    for layer, block in zip(layers, blocks, strict=True):
+        layer.forward = partial(run, layer, block)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def quantized(model: nn.Module) -> bool:
@@ -61,17 +71,17 @@ def quantized(model: nn.Module) -> bool:
 
 
 def choose_checkpointing(
-    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int
+    model: PreTrainedModel, tokens: int, state: int, *, compiled: bool, free: int, copied_keys: int = 0
 ) -> Checkpointing:
     """The first of none, selective, full whose estimate for rows of `tokens` tokens keeps within `free` bytes.
 
-    `state` are the bytes of `optimizer_bytes`. Where even "full" does not fit, it is tried. "selective" is not for
-    compiled bitsandbytes layers, see `layers_run`.
+    `state` and `copied_keys` as for `memory_estimate`. Where even "full" does not fit, it is tried. "selective" is not
+    for compiled bitsandbytes layers, see `layers_run`.
     """
     for mode in MODES:
         if mode == "selective" and compiled and quantized(model):
             continue
-        if memory_estimate(model, tokens, state, mode, compiled=compiled) <= free:
+        if memory_estimate(model, tokens, state, mode, compiled=compiled, copied_keys=copied_keys) <= free:
             return mode
     return "full"
 
@@ -82,11 +92,15 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
     return each * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool) -> int:
+def memory_estimate(
+    model: PreTrainedModel, tokens: int, state: int, mode: Checkpointing, *, compiled: bool, copied_keys: int = 0
+) -> int:
     """Bytes that a training step takes on top of the weights: kept activations, `state`, a layer's backward or loss.
 
-    Layers below the first one that is trained keep nothing, unless the embedding is trained. Without compiling,
-    elementwise steps keep their inputs too, several of them in float32: about EAGER times as much.
+    `state` are the bytes of `optimizer_bytes`; `copied_keys` the tokens whose keys and values attention keeps besides
+    those of the row's own `tokens`, where answers share a prompt. Layers below the first one that is trained keep
+    nothing, unless the embedding is trained. Without compiling, elementwise steps keep their inputs too, several of
+    them in float32: about EAGER times as much.
     """
     layers = decoder_layers(model)
     hidden = model.config.hidden_size
@@ -104,7 +118,9 @@ def memory_estimate(model: PreTrainedModel, tokens: int, state: int, mode: Check
     in_backward = whole if mode == "none" else 2 * whole  # gradients, and what is computed again
     size = 4 if model.dtype == torch.float32 else 2
     passing = max(tokens * size * in_backward, CHUNK_LOGITS * 16)
-    return int(tokens * size * trained_depth(model, layers) * kept + passing + state)
+    heads = model.config.num_key_value_heads / model.config.num_attention_heads
+    copies = copied_keys * 2 * hidden * heads if mode == "none" else 0
+    return int(size * trained_depth(model, layers) * (tokens * kept + copies) + passing + state)
 
 
 def trained_depth(model: PreTrainedModel, layers: list[nn.Module]) -> int:
@@ -120,7 +136,8 @@ def _has_dropout(module: LoraLayer) -> bool:
     return any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
 
 
-def _forward(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def run_layer(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's forward as it is, or by `fused_layer` with its `block`."""
     if block is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     return fused_layer(layer, block, hidden_states, *args, **kwargs)
@@ -131,7 +148,7 @@ def _full(
     block: Block | None,
     hidden_states: Tensor,
     *args: Any,
-    run: Callable[..., Tensor] = _forward,
+    run: Callable[..., Tensor] = run_layer,
     **kwargs: Any,
 ) -> Tensor:
     def forward(states: Tensor) -> Tensor:
@@ -142,7 +159,7 @@ def _full(
 
 def _selective(layer: nn.Module, block: Block | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     def forward(states: Tensor) -> Tensor:
-        return _forward(layer, block, states, *args, **kwargs)
+        return run_layer(layer, block, states, *args, **kwargs)
 
     return checkpoint(forward, hidden_states, use_reentrant=False, context_fn=_keep_narrow)
 

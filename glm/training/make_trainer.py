@@ -50,7 +50,7 @@ def trainer_for(
         if params.method != "full":
             trainer_class = RankTrainer
         shared_out = trainer_class is not RankTrainer
-        collator = Share(collator, packed=plan.packing is not None)
+        collator = Share(collator, plan.packing)
         torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
     with lent(loss) if shared_out else nullcontext(loss) as trained:
         causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))

@@ -15,16 +15,17 @@ from glm.errors import InputError
 from glm.models.adapters import causal_lm
 from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.methods import Tunable
-from glm.models.packed_attention import packed_implementation, why_not_packed
+from glm.models.packed_attention import VARLEN, packed_implementation, why_not_packed
 from glm.training.fused_layer import can_fuse
 from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
-from glm.training.packing import Packing
+from glm.training.packing import Packing, own_lengths
 
 Example = dict[str, Any]
 Sequences = Callable[[Example], list[list[int]]]  # the token sequences of an example: one for SFT, all of a ranking
 
 ROW_MULTIPLE = 256  # compiled rows come in multiples of so many tokens
 COMPILE_TOKENS = 2_000_000  # trained tokens from which half a minute of compiling pays on a 6B model
+SHARING_PAYS = 0.04  # share of the tokens that shared prompts must spare: the others cost 2 to 4 % more on a GPU
 USABLE_MEMORY = 0.92  # of what is free: fragments, and what the libraries take for themselves
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Plan:
     step_size: int
     packing: Packing | None
     attention: str | None  # of packed rows, as transformers calls it
+    copied_keys: int  # tokens of such a part whose keys and values are copied for answers that share a prompt
     fused: bool  # layers by glm.training.fused_layer
     compiled: bool
     checkpointing: Checkpointing
@@ -51,23 +53,39 @@ class Plan:
 
 
 def plan(
-    model: Tunable, examples: Sequence[Example], sequences: Sequences, params: Training, *, stage: str, seed: int
+    model: Tunable,
+    examples: Sequence[Example],
+    sequences: Sequences,
+    params: Training,
+    *,
+    stage: str,
+    seed: int,
+    share_prompt: bool = False,
 ) -> Plan:
-    """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice."""
+    """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice.
+
+    `share_prompt`: the answers of a ranking may share the computation of their prompt. They do if rows are packed, the
+    attention is varlen, and it spares enough.
+    """
     base = causal_lm(model)
     on_gpu = base.device.type == "cuda"
-    if isinstance(examples, TokenizedRows):
-        by_example = examples.lengths()
-    else:
-        by_example = [[len(sequence) for sequence in sequences(example)] for example in examples]
+    prefix_lm = base.config if isinstance(base.config, ChatGLMConfig) else None
+    attention = packed_implementation(base, params.attn_implementation)
+    obstacle = "packing: false" if not params.packing else why_not_packed(base, attention)
+    by_example = _whole_lengths(examples, sequences)
+    longest, whole = max(map(max, by_example)), sum(map(sum, by_example))
+    max_answers = 1
+    if share_prompt and obstacle is None and attention == VARLEN:
+        ids = examples.rankings() if isinstance(examples, TokenizedRows) else map(sequences, examples)
+        own = [own_lengths(each, prefix_lm) for each in ids]
+        if sum(map(sum, own)) < (1 - SHARING_PAYS) * whole:
+            by_example, max_answers = own, max(map(len, own))
     lengths = [length for each in by_example for length in each]
     step_size = params.per_device_train_batch_size * params.gradient_accumulation_steps
     run_tokens = sum(lengths) * params.num_train_epochs
     if params.max_steps > 0:
         run_tokens = params.max_steps * (params.tokens_per_step or step_size * sum(lengths) / len(examples))
 
-    attention = packed_implementation(base, params.attn_implementation)
-    obstacle = "packing: false" if not params.packing else why_not_packed(base, attention)
     if obstacle and params.tokens_per_step:
         raise InputError(f"{stage}.tokens_per_step {params.tokens_per_step} needs packed rows: {obstacle}")
     compiled = params.torch_compile
@@ -82,29 +100,45 @@ def plan(
         most = min(per_step, row // min(lengths))
         if params.tokens_per_step:
             if isinstance(examples, TokenizedRows):
-                train_set = examples.packed(row, seed)
+                train_set = examples.packed(row, seed, [sum(each) for each in by_example])
             else:
                 train_set = PackedRows(examples, pack([sum(each) for each in by_example], row, seed))
             step_size = params.tokens_per_step // row
             most = max(sum(len(by_example[index]) for index in filled) for filled in train_set.rows)
-        prefix_lm = base.config if isinstance(base.config, ChatGLMConfig) else None
-        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, max(lengths), prefix_lm)
-        tokens = max(row, max(lengths))
+        packing = Packing(row, ROW_MULTIPLE if compiled else 1, most, longest, prefix_lm, max_answers)
+        tokens = max(row, longest)
     else:
-        tokens = params.per_device_train_batch_size * max(map(len, by_example)) * max(lengths)
+        tokens = params.per_device_train_batch_size * max(map(len, by_example)) * longest
+    copied = tokens * (whole - sum(lengths)) // sum(lengths)
 
     checkpointing = params.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "none"
         if on_gpu:
             state = optimizer_bytes(model, params.optim)
-            checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free_memory())
+            free = free_memory()
+            checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free, copied_keys=copied)
     fused = params.fused_layers and obstacle is None and can_fuse(base)
     steps = -(-len(train_set) // step_size) * params.num_train_epochs
     total = params.max_steps if params.max_steps > 0 else math.ceil(steps)
     used = None if obstacle else attention
-    found = Plan(train_set, step_size, packing, used, fused, compiled, checkpointing, tokens, sum(lengths), total)
-    logger.info("%s: %s", stage, _in_words(found, len(examples), sum(lengths), obstacle))
+    found = Plan(
+        train_set=train_set,
+        step_size=step_size,
+        packing=packing,
+        attention=used,
+        copied_keys=copied,
+        fused=fused,
+        compiled=compiled,
+        checkpointing=checkpointing,
+        row_tokens=tokens,
+        epoch_tokens=sum(lengths),
+        steps=total,
+    )
+    words = _in_words(found, len(examples), sum(lengths), obstacle)
+    if share_prompt and packing is not None:
+        words += f"; {_sharing_in_words(found, whole)}"
+    logger.info("%s: %s", stage, words)
     return found
 
 
@@ -114,6 +148,21 @@ def free_memory() -> int:
     reserved = torch.cuda.memory_reserved()
     allowed = int(torch.cuda.memory.get_per_process_memory_fraction() * total) - reserved
     return int(USABLE_MEMORY * (min(free, allowed) + reserved - torch.cuda.memory_allocated()))
+
+
+def _whole_lengths(examples: Sequence[Example], sequences: Sequences) -> list[list[int]]:
+    if isinstance(examples, TokenizedRows):
+        return examples.lengths()
+    return [[len(sequence) for sequence in sequences(example)] for example in examples]
+
+
+def _sharing_in_words(plan: Plan, whole: int) -> str:
+    """What becomes of the answers' common prompts; `whole`: tokens of an epoch where each is computed for itself."""
+    if plan.attention != VARLEN:
+        return f"a prompt is computed for each of its answers: attention {plan.attention} cannot share it, varlen can"
+    if plan.epoch_tokens == whole:
+        return f"a prompt is computed for each of its answers: sharing it spares under {100 * SHARING_PAYS:.0f} %"
+    return f"a prompt is computed once for all its answers, which spares {100 * (1 - plan.epoch_tokens / whole):.0f} %"
 
 
 def _in_words(plan: Plan, examples: int, tokens: int, obstacle: str | None) -> str:

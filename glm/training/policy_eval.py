@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
 from glm.errors import InputError
-from glm.training.actors import Actors, Sampling, pack
+from glm.training.actors import Actors, Sampling
+from glm.training.batch import batch_of
 from glm.training.trainer import Log
 
 
@@ -102,7 +103,7 @@ def judge(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         samples = actors.sample(prompts, tokenizer, params, adapter)
-    batch = pack(prompts, samples.answers, tokenizer.pad_token_id, actors.model.device)
+    batch = batch_of(prompts, samples.answers, actors.model.device)
     reference = actors.logprobs("reference", batch, params.temperature)
     return Judged(samples.answers, actors.score(batch), (samples.logprobs - reference).sum(-1))
 

@@ -19,9 +19,10 @@ from glm.config import Ppo
 from glm.data.encode import end_id
 from glm.errors import InputError
 from glm.generation.rollout import Samples
-from glm.training.actors import Actors, Batch, pack
+from glm.training.actors import Actors
+from glm.training.batch import Batch, batch_of, on_device
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.distributed import rank, sum_gradients, summed, world_size
+from glm.training.distributed import deal, rank, sum_gradients, summed, world_size
 from glm.training.policy_eval import Show, Watch, repetition
 from glm.training.ppo_terms import (
     ScoreScale,
@@ -147,7 +148,7 @@ def assess(
     scale: ScoreScale,
 ) -> Experience:
     """Score the policy's answers and work out advantages. `scale` is moved on where scores are normalised."""
-    batch = pack(prompts, samples.answers, tokenizer.pad_token_id, actors.model.device)
+    batch = batch_of(prompts, samples.answers, actors.model.device)
     scores = actors.score(batch)
     reference = actors.logprobs("reference", batch, params.temperature)
     end = end_id(tokenizer)
@@ -178,23 +179,27 @@ def update(
 ) -> dict[str, float]:
     """`ppo_epochs` passes over the experience in minibatches, one optimizer step each; returns means over them.
 
-    A minibatch is computed in `gradient_accumulation_steps` parts, each weighted by its share of the tokens, so that
-    their number changes memory and nothing else. Several processes share its rows.
+    A minibatch is computed in `gradient_accumulation_steps` parts of about equal size, each weighted by its share of
+    the answers' tokens, so that their number changes memory and nothing else. Several processes share its rows.
     """
     parts = -(-params.gradient_accumulation_steps // world_size())
     batch, sums, minibatches = experience.batch, {}, 0
+    sizes = batch.sizes()
     for _ in range(params.ppo_epochs):
-        # Drawn on the CPU, and moved once: an index that comes from the host makes every part wait for the device.
-        order = torch.randperm(len(experience.answers)).to(batch.mask.device)
-        for minibatch in order.split(params.mini_batch_size):
-            tokens = batch.mask[minibatch].sum()
+        order = torch.randperm(len(sizes)).tolist()
+        for first in range(0, len(order), params.mini_batch_size):
+            minibatch = order[first : first + params.mini_batch_size]
+            tokens = sum(len(experience.answers[row]) for row in minibatch)
             optimizer.zero_grad()
             found: dict[str, Tensor] = {}
             mine = minibatch[rank() :: world_size()]
-            for chosen in mine.tensor_split(min(parts, len(mine))):
+            for places in deal([sizes[row] for row in mine], min(parts, len(mine))):
+                chosen = [mine[place] for place in places]
                 part = batch.rows(chosen)
-                share = part.mask.sum() / tokens
-                loss, terms = _loss(actors, experience, part, chosen, params)
+                share = sum(map(len, part.answers)) / tokens
+                loss, terms = _loss(
+                    actors, experience, part, on_device(torch.tensor(chosen), batch.mask.device), params
+                )
                 (loss * share).backward()
                 for name, value in terms.items():
                     found[name] = found.get(name, 0) + value.detach() * share

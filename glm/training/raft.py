@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from glm.config import Raft
-from glm.training.actors import Actors, pack
+from glm.training.actors import Actors
+from glm.training.batch import batch_of
 from glm.training.distributed import rank, summed_numbers, world_size
 from glm.training.policy_eval import repetition
 from glm.training.policy_loop import batch_at, run
@@ -38,13 +39,13 @@ def train(
         asked = [prompts[index] for index in batch_at(step, len(prompts), params.batch_size, seed)]
         repeated = [prompt for prompt in asked for _ in range(count)]
         samples = actors.sample(repeated, tokenizer, params)
-        batch = pack(repeated, samples.answers, tokenizer.pad_token_id, actors.model.device)
+        batch = batch_of(repeated, samples.answers, actors.model.device)
         scores = actors.score(batch)
         kl = (samples.logprobs - actors.logprobs("reference", batch, params.temperature)).sum(-1)
         best = best_of(scores - params.beta * kl, count)
         tokens = batch.mask[best].sum()
         loss = 0.0
-        for part in batch.rows(best[rank() :: world_size()]).parts():
+        for part in actors.parts(batch.rows(best[rank() :: world_size()].tolist())):
             logprobs, _, _ = actors("policy", part, 1.0)
             part_loss = -logprobs.sum() / tokens
             part_loss.backward()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from glm.training.distributed import deal, rank, world_size
-from glm.training.trainer import Collator, StepTrainer, token_count
+from glm.training.packing import Packing, token_count
+from glm.training.trainer import Collator, StepTrainer
 
 
 class Share:
@@ -25,12 +26,12 @@ class Share:
     those of the whole step.
     """
 
-    def __init__(self, collator: Collator, *, packed: bool) -> None:
+    def __init__(self, collator: Collator, packing: Packing | None) -> None:
         self.collator = collator
-        self.packed = packed
+        self.packing = packing
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        parts = [self.collator(share) for share in shares(step, world_size(), packed=self.packed) if share]
+        parts = [self.collator(share) for share in shares(step, world_size(), self.packing) if share]
         own = parts[rank()]["micro_batches"] if rank() < len(parts) else []
         most = max(len(part["micro_batches"]) for part in parts)
         spare = (own or parts[0]["micro_batches"])[-1]
@@ -38,16 +39,16 @@ class Share:
         return counts | {"micro_batches": own + [spare] * (most - len(own)), "idle": most - len(own)}
 
 
-def shares(step: list[Any], number: int, *, packed: bool) -> list[list[Any]]:
+def shares(step: list[Any], number: int, packing: Packing | None) -> list[list[Any]]:
     """The items of a step, dealt out so that all are ready at the same time; the last ones may get nothing.
 
-    Packed examples are dealt by tokens. Rows that `PackedRows` has filled stay together if their number allows it.
-    Padded ones go round by length, so that all have as many, and of like lengths.
+    Packed examples are dealt by the tokens that are computed of them. Rows that `PackedRows` has filled stay together
+    if their number allows it. Padded ones go round by length, so that all have as many, and of like lengths.
     """
     if isinstance(step[0], list) and len(step) % number:
         step = [example for row in step for example in row]
-    sizes = [token_count(item) for item in step]
-    if packed:
+    sizes = [token_count(item, packing) for item in step]
+    if packing is not None:
         dealt = deal(sizes, number)
     else:
         order = sorted(range(len(step)), key=lambda index: sizes[index], reverse=True)

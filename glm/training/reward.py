@@ -1,7 +1,7 @@
 """Reward model: a tuned model and a scalar head that give the better answer the higher score.
 
 The score of a sequence is the head's value at its last token, the answer's end. The loss is in
-`glm.training.ranking_loss`. The prompt of a ranking is computed once for each of its answers.
+`glm.training.ranking_loss`. Packed, the answers of a ranking share the computation of their prompt.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from glm.training.checkpoint import Checkpoints
 from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
 from glm.training.make_trainer import trainer_for
-from glm.training.packing import Packing, packed_row, step_rows
+from glm.training.packing import Packing, packed_row, step_rows, token_count
 from glm.training.plan import plan
 from glm.training.ranking_loss import ranking_loss
 from glm.training.trainer import Log, Progress, require_rows
@@ -70,12 +70,12 @@ class RankingCollator:
         self.micro_batch_size = micro_batch_size
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        rows = step_rows(step, self.packing, self.micro_batch_size, lambda ranking: sum(map(len, ranking["sequences"])))
+        rows = step_rows(step, self.packing, self.micro_batch_size)
         rankings = [ranking for row in rows for ranking in row]
         return {
             "micro_batches": [self._inputs(row) for row in rows],
             "items": len(rankings),
-            "tokens": sum(len(sequence) for ranking in rankings for sequence in ranking["sequences"]),
+            "tokens": token_count(rankings, self.packing),
             "examples": len(rankings),
         }
 
@@ -84,8 +84,8 @@ class RankingCollator:
         sizes = [len(ranking["sequences"]) for ranking in rankings]
         if self.packing is None:
             return {**padded(sequences, self.pad_id), "sizes": sizes}
-        ends = torch.tensor([*map(len, sequences)]).cumsum(0) - 1
-        return {**packed_row(sequences, self.packing, self.pad_id), "ends": ends, "sizes": sizes}
+        row = packed_row(sequences, self.packing, self.pad_id, sizes)
+        return {**row, "ends": row["cu_seq_lens_q"][1 : len(sequences) + 1].long() - 1, "sizes": sizes}
 
 
 def padded(sequences: list[list[int]], pad_id: int) -> dict[str, Tensor]:
@@ -128,7 +128,8 @@ def train(
     nn.init.zeros_(score.weight)
     reward_model = RewardModel(backbone, score)
     trained, total = trainable_count(reward_model)
-    steps = plan(backbone, train_set, lambda example: example["sequences"], params, stage="reward", seed=seed)
+    sharing: dict[str, Any] = {"share_prompt": params.share_prompt, "stage": "reward", "seed": seed}
+    steps = plan(backbone, train_set, lambda example: example["sequences"], params, **sharing)
     say_what_comes(backbone, params.method, params, steps, stage="reward")
     loss = RewardLoss(reward_model, params, fused=steps.fused)
     collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.config import Rrhf
 from glm.training.actors import Actors
-from glm.training.answer_logprobs import Ranking, answer_logprobs, packing_of, ranking_tokens, rows_of
-from glm.training.distributed import share_of, summed_numbers
+from glm.training.answer_logprobs import Ranking, answer_logprobs, ranking_size, rows_of
+from glm.training.distributed import summed_numbers
 from glm.training.policy_loop import batch_at, run
 
 
@@ -34,13 +34,16 @@ def train(
 
     Curves: `loss`, its parts `rank_loss` and `sft_loss`, and `accuracy`, the share of pairs in the right order by p.
     """
-    packing, pad_id = packing_of(actors, params), tokenizer.pad_token_id
+    if not params.packing:
+        actors.pad_rows()
+    share_prompt = params.share_prompt
+    size = ranking_size(actors, share_prompt=share_prompt)
 
     def gradients(step: int) -> dict[str, float]:
         batch = [rankings[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
         sums: dict[str, float] = {}
-        for row in rows_of(share_of(batch, ranking_tokens), packing, params.tokens_per_forward):
-            logprobs, lengths = answer_logprobs(actors, "policy", row, packing, pad_id)
+        for row in rows_of(batch, size, params.tokens_per_forward):
+            logprobs, lengths = answer_logprobs(actors, "policy", row, share_prompt=share_prompt)
             loss = torch.zeros((), device=logprobs.device)
             for ranking in (logprobs / lengths).split([len(ranking["sequences"]) for ranking in row]):
                 rank_loss, sft_loss, accuracy = rrhf_terms(ranking)

@@ -98,7 +98,7 @@ class SftCollator:
         self.micro_batch_size = micro_batch_size
 
     def __call__(self, step: list[Any]) -> dict[str, Any]:
-        rows = step_rows(step, self.packing, self.micro_batch_size, lambda example: len(example["input_ids"]))
+        rows = step_rows(step, self.packing, self.micro_batch_size)
         parts = [self._inputs(row) for row in rows]
         return {
             "micro_batches": parts,

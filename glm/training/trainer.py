@@ -8,6 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import nlargest
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from glm.errors import InputError
 from glm.models.methods import trained_parameters
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
 from glm.training.guards import LossWatch, check_gradients, peak_flops, try_largest
+from glm.training.packing import token_count
 
 Log = Callable[[int, dict[str, float]], None]  # (optimizer step, values)
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -34,9 +36,9 @@ class StepTrainer(Trainer):
     """A Trainer for a `model` that maps a micro-batch to the sum of its losses.
 
     The collator gives for a step's examples {"micro_batches": [inputs of the model, …], "items": what the sum is
-    divided by, "tokens": real ones, "examples"}. Packing takes a millisecond a step, which the GPU's queue hides: no
-    loader processes. `log_speed` gets tokens and examples per second, the share of the GPU's operations that the layers
-    used (`mfu`, from `flops` a token) and the peak of its memory.
+    divided by, "tokens": real ones that are computed, "examples"}, and has its `packing`. Packing takes a millisecond a
+    step, which the GPU's queue hides: no loader processes. `log_speed` gets tokens and examples per second, the share
+    of the GPU's operations that the layers used (`mfu`, from `flops` a token) and the peak of its memory.
 
     With `checkpoints` the state is saved every `save_steps`, and a training that finds one there goes on from it: on
     the CPU the result is bit for bit that of an unbroken run. Points logged before the break are logged again.
@@ -194,7 +196,8 @@ class StepTrainer(Trainer):
             raise RuntimeError("what is to be trained has no gradient: it is not part of what the model computes")
 
     def _try_largest(self) -> None:
-        largest = nlargest(self.args.per_device_train_batch_size, self.train_dataset, key=token_count)
+        size = partial(token_count, packing=self.data_collator.packing)
+        largest = nlargest(self.args.per_device_train_batch_size, self.train_dataset, key=size)
         parts = self.data_collator(largest)["micro_batches"]
         part = max(parts, key=lambda inputs: inputs["input_ids"].numel())
         kept = rng_state()
@@ -256,13 +259,6 @@ class _StepEnd(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.watch.look()
-
-
-def token_count(item: Any) -> int:
-    """Tokens of an example, of a ranking, or of a row of them."""
-    if isinstance(item, list):
-        return sum(map(token_count, item))
-    return sum(map(len, item["sequences"])) if "sequences" in item else len(item["input_ids"])
 
 
 def require_rows(rows: Sequence[Any], what: str) -> None:

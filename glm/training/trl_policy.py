@@ -25,7 +25,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm.config import Grouped, Rival
-from glm.training.actors import Actors, pack
+from glm.training.actors import Actors
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_eval import Show, Watch
 from glm.training.policy_loop import batch_at
@@ -117,6 +118,7 @@ def prepare(actors: Actors, make_trainer: "Callable[[Path], PolicyCheckpoints]",
     TRL wants the adapter that it trains to be called "default", to make "ref" like it and to copy its weights. It finds
     the policy under that name, and the copying is done here.
     """
+    actors.leave_layers_alone()
     actors.use("policy")
     actors.model.set_adapter("policy")  # where TRL comes back to after a look at the reference
     configs = actors.model.peft_config
@@ -154,7 +156,7 @@ def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Calla
     """The actors' reward of token-id prompts and answers, as TRL's trainers ask for it; the policy stays active."""
 
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        scores: Tensor = actors.score(pack(prompts, completion_ids, tokenizer.pad_token_id, actors.model.device))
+        scores: Tensor = actors.score(batch_of(prompts, completion_ids, actors.model.device))
         actors.use("policy")
         return scores.tolist()
 

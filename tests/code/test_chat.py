@@ -4,12 +4,14 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from apps.chat import Chat, command, printable
@@ -17,7 +19,8 @@ from apps.models import Resolved, resolve
 from glm.config import Data
 from glm.errors import InputError
 from glm.models import load_model, load_tokenizer
-from glm.models.adapters import save_lora
+from glm.models.adapters import save_lora, save_score
+from glm.models.lineage import Lineage, write_lineage
 from glm.serving.engine import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -48,15 +51,40 @@ def test_a_folder_a_pointer_an_adapter_and_a_hub_id(tmp_path: Path, adapter: Pat
 
 def test_names_of_nothing_are_refused_with_what_to_do(tmp_path: Path) -> None:
     cases = {
-        "models/never-made": "glmflow run",
+        "models/never-made": "no such folder",
         "./nowhere": "no such folder",
         str(tmp_path): "neither a model",
+        f"{TINY}-": f"there are .*{TINY}",
+        "params.yaml": "a file; expected a folder, a hub id",
+        "models:rlhf-policy": "expected a folder, a hub id .*models:/NAME@ALIAS",
+        "": "empty; expected a folder",
     }
     for name, said in cases.items():
         with pytest.raises(InputError, match=said):
             resolve(name)
     with pytest.raises(InputError, match="adapter"):
         resolve(str(TINY), ["nowhere"])
+
+
+def test_an_adapter_is_put_on_what_it_was_trained_on(tmp_path: Path, adapter: Path) -> None:
+    upper = tmp_path / "upper"
+    shutil.copytree(adapter, upper)
+    write_lineage(upper, upper, "lora", Lineage(str(TINY), adapters=(str(adapter),)))
+    assert resolve(str(TINY), [str(adapter), str(upper)]).adapters == (str(adapter), str(upper))
+    with pytest.raises(InputError, match=rf"was trained on {TINY.name} \+ {adapter.name}, not on {TINY}; as a model"):
+        resolve(str(TINY), [str(upper)])
+
+
+def test_a_reward_model_does_not_chat(tmp_path: Path, adapter: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "lora")
+    save_score(tmp_path / "lora", torch.nn.Linear(64, 1, bias=False))
+    (tmp_path / "other").mkdir()
+    save_score(tmp_path / "other", torch.nn.Linear(64, 1, bias=False))
+    for folder in ("lora", "other"):
+        with pytest.raises(InputError, match=r"model: .*a reward model"):
+            resolve(str(tmp_path / folder))
+        with pytest.raises(InputError, match=r"adapter: .*a reward model"):
+            resolve(str(TINY), [str(tmp_path / folder)])
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -155,7 +183,14 @@ def test_names_of_the_registry_and_of_runs(tmp_path: Path, monkeypatch, adapter:
             Path(found.adapters[0]) / "adapter_config.json"
         ).exists()
     assert found.load()[0].config.model_type == "glm"
-    for name, said in {"models:/policy@nobody": "alias", "models:/none/1": "not in the MLflow store"}.items():
+    cases = {
+        "models:/policy@champoin": "versions 1 and aliases .*champion",
+        "models:/policy/2": "versions 1 and",
+        "models:/polcy/1": "models there are: policy",
+        "models:/policy": "expected models:/NAME@ALIAS",
+        f"runs:/{'f' * 32}/export": "not in the MLflow store",
+    }
+    for name, said in cases.items():
         with pytest.raises(InputError, match=said):
             resolve(name)
     with pytest.raises(InputError, match="no such run"):

@@ -25,6 +25,9 @@ def test_the_project_s_own_file_is_valid_and_holds_every_knob() -> None:
     assert names(written) == names(params.model_dump())
 
 
+VLLM = {"engine": "vllm", "url": "http://127.0.0.1:8000"}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -34,6 +37,8 @@ def test_the_project_s_own_file_is_valid_and_holds_every_knob() -> None:
         ({"sft": {"lora_rank": "eight"}}, ["sft.lora_rank", "integer", "'eight'"]),
         ({"sft": {"lora_rank": 0}}, ["sft.lora_rank", "greater than or equal to 1", "0"]),
         ({"sft": {"method": "lorra"}}, ["sft.method", "'lora'", "'lorra'"]),
+        ({"sft": {"num_train_epochs": float("inf")}}, ["sft.num_train_epochs", "finite"]),
+        ({"sft": {"method": "x" * 1000}}, ["sft.method", f"{'x' * 99}…"]),
         ({"ppo": {"learning_rate": 1.5}}, ["ppo.learning_rate", "less than 1", "1.5"]),
         ({"ppo": {"batch_size": 10, "mini_batch_size": 4}}, ["ppo", "batch_size 10", "mini_batch_size 4"]),
         ({"sft": {"max_steps": 0}}, ["sft", "max_steps 0"]),
@@ -68,6 +73,26 @@ def test_the_project_s_own_file_is_valid_and_holds_every_knob() -> None:
             ["raft.resume_lora_training false", "second prefix"],
         ),
         ({"algorithm": "grpo", "sft": {"method": "freeze"}}, ["algorithm grpo", "sft.method is freeze"]),
+        ({"rollout": {"engine": "vllm"}}, ["rollout", "needs a url"]),
+        ({"rollout": {"url": "http://a"}}, ["rollout", "engine own has no url", "http://a"]),
+        ({"rollout": {"engine": "vllm", "url": "localhost:8000"}}, ["rollout", "http://", "localhost:8000"]),
+        (
+            {
+                "rollout": VLLM,
+                "model": {"quantization": "nf4"},
+                "ppo": {"method": "p_tuning"},
+                "launch": {"num_processes": 2},
+                "sft": {"use_dora": True},
+            },
+            [
+                "rollout.engine vllm",
+                "ppo.method p_tuning, not lora",
+                "quantization nf4",
+                "num_processes 2",
+                "use_dora True",
+            ],
+        ),
+        ({"rollout": VLLM, "sft": {"method": "p_tuning"}}, ["rollout.engine vllm", "sft.method p_tuning"]),
         ({"export": {"max_shard_size": "2 gigabytes"}}, ["export.max_shard_size", "2 gigabytes"]),
         ({"seed": None}, ["seed", "integer", "None"]),
         ({"ppo": 3}, ["ppo", "3"]),
@@ -90,6 +115,8 @@ def test_a_fault_is_named_with_its_value(values: object, words: list[str]) -> No
         {"algorithm": "rrhf", "sft": {"method": "p_tuning"}, "ppo": {"method": "full"}},
         {"algorithm": "dpo", "sft": {"method": "p_tuning"}, "dpo": {"method": "p_tuning"}},
         {"sft": {"method": "p_tuning"}, "reward": {"method": "full", "init": "base"}},
+        {"algorithm": "dpo", "rollout": VLLM, "model": {"quantization": "nf4"}},
+        {"algorithm": "grpo", "rollout": VLLM, "ppo": {"method": "full"}},
     ],
 )
 def test_sections_of_other_algorithms_are_not_in_the_way(values: dict) -> None:

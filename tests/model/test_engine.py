@@ -14,7 +14,8 @@ from glm.generation.decode import generate
 from glm.models import load_model, load_tokenizer
 from glm.models.chat_encoding import encode_messages
 from glm.serving.answer import AnswerReader
-from glm.serving.engine import Engine, Event, QueueFullError, Request
+from glm.serving.engine import Engine
+from glm.serving.request import Event, QueueFullError, Request
 from glm.serving.sampling import SamplingParams, choose
 from glm.serving.slots import Slots
 

@@ -180,7 +180,7 @@ def test_an_adapter_alone(number: int, quantization: str, tmp_path: Path) -> Non
     torch.testing.assert_close(probe_outputs(load_model(tmp_path / "out")), wanted, atol=2e-4, rtol=1e-4)
     folders, kept = artifact_folders(tmp_path / "out")  # as MLflow keeps it
     assert folders == [source.base, str(tmp_path / "out")]
-    logged = load_model(folders[0], adapters=folders[1:], quantization=kept, dtype="float32")
+    logged = load_model(folders[0], adapters=folders[1:], **kept, dtype="float32")
     torch.testing.assert_close(probe_outputs(logged), wanted, atol=2e-4, rtol=1e-4)
     if quantization == "none":  # PEFT alone
         plain = PeftModel.from_pretrained(load_model(source.base, dtype="float32"), str(tmp_path / "out")).eval()
@@ -297,7 +297,7 @@ def test_an_export_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
         unknown, unsent, commit, folder = done.stdout.splitlines()
         assert "the hub does not know you" in unknown and "not sent, out is complete" in unsent
         assert commit.startswith(f"{server.url}/me/reviews/commit/")
-        assert server.private == {"me/reviews": True} and server.messages == ["out: export"]
+        assert server.private == {"me/reviews": True} and server.messages == ["export"]
         sent = server.files["me/reviews"]
     assert sent == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert torch.equal(probe_outputs(load_model(folder)), probe_outputs(load_model(tmp_path / "out")))

@@ -15,7 +15,7 @@ import torch
 from glm.config import RewardModel
 from glm.errors import InputError
 from glm.training import external_reward
-from glm.training.actors import pack
+from glm.training.batch import batch_of
 from glm.training.external_reward import Scorer, load
 from tests.model.test_ppo import PARAMS, TOKENIZER, make_actors, prompts, train
 
@@ -170,8 +170,8 @@ def test_ppo_learns_from_a_function(tmp_path: Path) -> None:
     actors = make_actors(tmp_path)
     texts = {tuple(prompt): f"text of {len(prompt)}" for prompt in [*prompts(40), *prompts(24)]}
     actors.scorer = Scorer(brevity, TOKENIZER, texts)
-    batch = pack(prompts(4), [[5, 6, 7], [8], [9, 10], [11]], TOKENIZER.pad_token_id, actors.model.device)
-    assert batch.texts() == (prompts(4), [[5, 6, 7], [8], [9, 10], [11]])
+    batch = batch_of(prompts(4), [[5, 6, 7], [8], [9, 10], [11]], actors.model.device)
+    assert (batch.prompts, batch.answers) == (prompts(4), [[5, 6, 7], [8], [9, 10], [11]])
     numbers, _ = train(actors, PARAMS.model_copy(update={"max_steps": 20, "eval_steps": 20, "score_norm": True}))
     assert numbers["reward"] > numbers["reward_before"] + 0.3 * numbers["reward_std_before"]
     assert all(text.startswith("text of ") for text in seen)

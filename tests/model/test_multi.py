@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from glm.models import load_model
 from glm.training.distributed import deal
+from glm.training.packing import Packing, token_count
 from glm.training.rank_trainer import shares
 from tests.model import ranks
 
@@ -164,11 +165,22 @@ def test_a_step_is_shared_by_tokens_and_full_rows_stay_together() -> None:
         return {"input_ids": [0] * size}
 
     step = [example(size) for size in (9, 8, 3, 2, 1, 1)]
-    found = shares(step, 2, packed=True)
+    packing = Packing(tokens_per_row=64, multiple=1, max_sequences=8, max_length=9)
+    found = shares(step, 2, packing)
     assert [sum(len(each["input_ids"]) for each in share) for share in found] == [12, 12]
-    padded = shares(step, 2, packed=False)
+    padded = shares(step, 2, None)
     assert [[len(each["input_ids"]) for each in share] for share in padded] == [[9, 3, 1], [8, 2, 1]]
     rows = [[example(4), example(4)], [example(7)], [example(5), example(3)], [example(8)]]
-    assert all(isinstance(item, list) for share in shares(rows, 2, packed=True) for item in share)
-    assert sum(len(each["input_ids"]) for each in shares(rows[:1], 2, packed=True)[0]) == 4
-    assert shares([example(3)], 2, packed=True)[1] == []
+    assert all(isinstance(item, list) for share in shares(rows, 2, packing) for item in share)
+    assert sum(len(each["input_ids"]) for each in shares(rows[:1], 2, packing)[0]) == 4
+    assert shares([example(3)], 2, packing)[1] == []
+
+
+def test_rankings_are_dealt_by_the_tokens_that_are_computed() -> None:
+    prompts = [[number] * size for number, size in ((1, 40), (2, 10), (3, 5))]
+    step = [{"sequences": [[*prompt, 8] + [9] * 4, [*prompt, 9] + [9] * 4]} for prompt in prompts]
+    packing = Packing(tokens_per_row=64, multiple=1, max_sequences=8, max_length=50, max_answers=2)
+    # 50, 20 and 15 tokens are computed; unshared it would be 90, 30 and 20
+    assert [[token_count(each, packing) for each in share] for share in shares(step, 2, packing)] == [[50], [20, 15]]
+    assert token_count(step, packing) == 85
+    assert token_count(step, None) == 140

@@ -22,7 +22,8 @@ from glm.generation.decode_step import supports
 from glm.models import load_model, load_tokenizer
 from glm.models.adapters import add_lora, save_lora, save_score
 from glm.training import ppo
-from glm.training.actors import Actors, pack, token_logprobs
+from glm.training.actors import Actors, token_logprobs
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
 from glm.training.policy_eval import Judged
 from glm.training.ppo_terms import ScoreScale
@@ -66,7 +67,7 @@ def make_base() -> GlmForCausalLM:
     return model
 
 
-def make_actors(folder: Path, base=None) -> Actors:
+def make_actors(folder: Path, base=None, rollout=None) -> Actors:
     """Actors of adapters that are written into `folder`, unless they are there."""
     base = base or make_base()
     for number, name in enumerate(("sft", "reward")):
@@ -84,7 +85,7 @@ def make_actors(folder: Path, base=None) -> Actors:
     nn.init.zeros_(head.weight)
     head.weight.data[0, 0] = 1.0  # where the halves differ
     save_score(folder / "reward", head)
-    return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward")
+    return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward", rollout=rollout)
 
 
 def prompts(number: int, vocab: int = 61) -> list[list[int]]:
@@ -143,13 +144,34 @@ def test_the_ratio_of_a_fresh_rollout_is_one(tmp_path) -> None:
     torch.manual_seed(1)
     for params in (PARAMS, PARAMS.model_copy(update={"temperature": 0.7})):
         samples = actors.sample(asked, TOKENIZER, params)
-        batch = pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device)
+        batch = batch_of(asked, samples.answers, actors.model.device)
         with torch.no_grad():
             logprobs, values, _ = actors("policy", batch, params.temperature)
         torch.testing.assert_close((logprobs - samples.logprobs).exp(), torch.ones_like(logprobs), atol=2e-5, rtol=0)
         torch.testing.assert_close(values, samples.values, atol=1e-4, rtol=0)
     _, curves = train(make_actors(tmp_path), PARAMS.model_copy(update={"max_steps": 1, "ppo_epochs": 1}))
     assert curves[1][1]["rollout_gap"] < 1e-5
+
+
+def test_packed_rows_give_what_padded_ones_give(tmp_path) -> None:
+    """Log-probabilities, values, entropies, rewards and gradients, of answers and prompts of several lengths."""
+    packing, padding = (make_actors(tmp_path) for _ in range(2))
+    padding.pad_rows()
+    assert packing.packed and packing.joint and not padding.packed and not padding.joint
+    asked, found = prompts(12), []
+    answers = [prompt[::-1][: 1 + index % 6] for index, prompt in enumerate(prompts(12))]
+    for actors in (packing, padding):
+        torch.manual_seed(2)
+        nn.init.normal_(actors.value_head.weight)
+        batch = batch_of(asked, answers, actors.model.device)
+        each = actors("policy", batch, 0.8, entropy_grad=True)
+        gradients = torch.autograd.grad(sum((part**2).sum() for part in each), actors.trained)
+        found.append([*each, actors.score(batch), actors.logprobs("reference", batch, 1.0), *gradients])
+    assert (
+        len(packing.parts(batch)) == 1 and len(batch.parts(24, packed=True)) < len(batch.parts(24, packed=False)) < 12
+    )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
 
 def test_a_model_without_decoder_goes_through_generate(tmp_path) -> None:
@@ -197,7 +219,7 @@ def test_scores_are_clipped_and_the_missing_end_is_paid_for(tmp_path) -> None:
         found = ppo.assess(actors, TOKENIZER, asked, samples, params, params.kl_coef, ScoreScale())
         return found.returns[:, 0]  # gamma = lam = 1: the sum of all rewards
 
-    scores = actors.score(pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device))
+    scores = actors.score(batch_of(asked, samples.answers, actors.model.device))
     cut = torch.tensor([float(answer[-1] != TOKENIZER.eos_token_id) for answer in samples.answers])
     assert 0 < cut.mean() < 1
     torch.testing.assert_close(returns_of(), scores)

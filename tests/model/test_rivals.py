@@ -9,8 +9,8 @@ import torch
 from glm import config
 from glm.data.encode import IGNORED, encode_row
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
-from glm.training.actors import pack
-from glm.training.answer_logprobs import answer_logprobs, packing_of, reference_logprobs, rows_of
+from glm.training.answer_logprobs import answer_logprobs, ranking_size, reference_logprobs, rows_of
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.policy_loop import batch_at
 from glm.training.raft import best_of
@@ -121,23 +121,30 @@ def test_raft_keeps_the_best_of_each_prompt() -> None:
     assert best_of(torch.tensor([0.0, 2.0, 1.0, 5.0, 4.0, -1.0]), 3).tolist() == [1, 3]
 
 
-def test_packed_padded_and_reference_log_probabilities_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_packed_padded_and_reference_log_probabilities_agree(share_prompt: bool, tmp_path: Path) -> None:
     actors = make_actors(tmp_path)
     rows = rankings(answers=3)
-    packing = packing_of(actors, config.Dpo(tokens_per_forward=64))
-    assert packing is not None and packing_of(actors, config.Dpo(packing=False)) is None
-    packed, lengths = answer_logprobs(actors, "policy", rows, packing, TOKENIZER.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", rows, None, TOKENIZER.pad_token_id)
+    cut = rows[0]["sequences"]
+    cut[2] = cut[1][:-1]  # what these two have in common is longer than the prompt
+    padding = make_actors(tmp_path)
+    padding.pad_rows()
+    assert actors.packed and actors.joint and not padding.packed
+    packed, lengths = answer_logprobs(actors, "policy", rows, share_prompt=share_prompt)
+    padded, _ = answer_logprobs(padding, "policy", rows, share_prompt=share_prompt)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
     one, other = (
-        torch.autograd.grad(sums.sum(), list(actors.policy.values()), retain_graph=True) for sums in (packed, padded)
+        torch.autograd.grad(sums.sum(), list(those.policy.values()), retain_graph=True)
+        for those, sums in ((actors, packed), (padding, padded))
     )
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     wanted = [len(ids) - start for row in rows for ids, start in zip(row["sequences"], row["starts"], strict=True)]
     assert lengths.tolist() == wanted
     # the reference is a copy of the policy here, and its numbers are computed in several forward passes
-    assert len(rows_of(rows, packing, 64)) > 1
-    reference = reference_logprobs(actors, rows, packing, TOKENIZER.pad_token_id, 64)
+    size, unshared = (ranking_size(those, share_prompt=share_prompt) for those in (actors, padding))
+    assert (sum(map(size, rows)) < sum(map(unshared, rows))) == share_prompt
+    assert len(rows_of(rows, size, 64)) > 1
+    reference = reference_logprobs(actors, rows, 64, share_prompt=share_prompt)
     torch.testing.assert_close(torch.tensor(reference).flatten(), padded, atol=1e-4, rtol=0)
 
 
@@ -152,10 +159,14 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
         }
         for pair in (rows[:2], rows[2:4], rows[4:])
     ]
-    packing = packing_of(actors, config.Dpo())
-    assert packing is not None and packing.prefix_lm is not None
-    packed, _ = answer_logprobs(actors, "policy", found, packing, base.config.pad_token_id)
-    padded, _ = answer_logprobs(actors, "policy", found, None, base.config.pad_token_id)
+    for ranking in found[1:]:  # two of the three have one prompt
+        prompt = ranking["sequences"][0][: ranking["starts"][0]]
+        ranking["sequences"][1] = prompt + ranking["sequences"][1][ranking["starts"][1] :]
+        ranking["starts"][1] = len(prompt)
+    assert actors.packed
+    packed, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
+    actors.pad_rows()
+    padded, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
 
 
@@ -201,7 +212,7 @@ def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     inputs = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts(8)])
     asked, samples = drawn[0]
     torch.testing.assert_close(inputs["old_logps"], samples.logprobs.sum(-1), atol=1e-3, rtol=0)
-    scores = actors.score(pack(asked, samples.answers, TOKENIZER.pad_token_id, actors.model.device))
+    scores = actors.score(batch_of(asked, samples.answers, actors.model.device))
     grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
     wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)

@@ -171,6 +171,16 @@ def test_overrides_run_in_a_workspace(project: Project) -> None:
     assert list((project.root / ".worktrees").iterdir()) == []
     (name,) = project.dvc("exp", "list", "--name-only").split()
     assert f"dvc exp apply {name}" in output
+
+    output = project.flow("-S", "sft.lora_rank=8", "--until", "sft").stdout  # later steps' results are an earlier run's
+    run = next(line.split()[2] for line in output.splitlines() if line.strip().startswith("glmflow export"))
+    [folder] = (project.root / "mlruns").rglob(f"{run}/artifacts/lineage")
+    assert {path.stem for path in (folder / "metrics").iterdir()} == {"preprocess", "base", "sft"}
+    record = json.loads((folder / "record.json").read_text())
+    assert list(record["runs"])[-1] == "sft" and record["export"] is None and record["faults"] == []
+    assert "before and after" not in output.lower() and "evaluate" not in (folder / "dvc.lock").read_text()
+    assert project.executed() == ["sft"]
+
     project.dvc("exp", "apply", name)
     assert load_params(project.root / "params.yaml").ppo.learning_rate == 2e-5
     assert "# Every knob of a run" in (project.root / "params.yaml").read_text()

@@ -130,6 +130,8 @@ def test_the_workspace_of_a_killed_run_is_removed_by_the_next(project: Project) 
     flow.communicate()
     project.assert_nothing_runs()
     assert len(project.git("worktree", "list").splitlines()) == 2
+    (made,) = (project.root / ".worktrees").glob("*.lock")
+    project.git("worktree", "lock", str(made.with_suffix("")))  # as git itself does until it has made one
 
     flow = project.start_flow("-S", "seed=1", SLEEP_base="120")
     project.wait_for("base")
@@ -166,6 +168,19 @@ def test_guard_survives_being_told_many_times(tmp_path: Path, attempt: int) -> N
         family = psutil.Process(process.pid).children(recursive=True)
         while process.poll() is None:
             process.terminate()
+    assert len(family) == 2
+    assert not psutil.wait_procs(family, timeout=15)[1]
+
+
+def test_what_a_killed_guard_leaves_behind_is_stopped(tmp_path: Path) -> None:
+    """And at once: a training would otherwise be at work unseen, with the lock and the GPU, until it ends."""
+    command = [sys.executable, "-c", SPAWN, SLEEP]
+    with guard.running(command, cwd=tmp_path, env=os.environ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert process.stdout.read() == ""  # its end: all who could write are gone
+    assert process.returncode == -signal.SIGKILL
     assert len(family) == 2
     assert not psutil.wait_procs(family, timeout=15)[1]
 

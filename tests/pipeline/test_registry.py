@@ -19,13 +19,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from flows import champion
-from flows.errors import SmokeTestError
+from flows.errors import HubError, SmokeTestError
 from flows.registry import alias_version, moved_alias, register, smoke_test
 from glm.config import Params, validate_params
 from glm.errors import InputError
 from tasks.lineage import content_hash
 from tasks.logged_models import ANSWER, EXAMPLE, log_chat_model, log_reward_model
 from tasks.tracking import open_store
+from tests.model.hub_server import TOKEN, hub
 
 ROOT = Path(__file__).parent.parent.parent
 NAME = "rlhf-policy"
@@ -317,6 +318,34 @@ def test_wrong_moves_are_refused(versions: MlflowClient, call: Callable[[Params]
     with pytest.raises(InputError, match=words):
         call(Params())
     assert alias_version(versions, NAME, "champion") is None
+
+
+def test_what_becomes_the_champion_goes_to_the_hub(
+    store: MlflowClient, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = validate_params({"export": {"push_to_hub": "me/reviews"}}, "params")
+    store.create_registered_model(NAME)
+    with mlflow.start_run(experiment_id=store.get_experiment_by_name("rlhf-pipeline").experiment_id):
+        for folders in ([models / "export"], [models / "base", models / "adapter"]):
+            logged = log_chat_model("export", params.data, *folders)
+            store.create_model_version(NAME, source=f"models:/{logged.model_id}")
+    monkeypatch.setattr(champion, "smoke_test", lambda uri: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(InputError, match="the hub does not know you"):
+            champion.promote("1", "good", params)
+        assert alias_version(store, NAME, "champion") is None and server.messages == []
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        champion.promote("1", "good", Params())  # nothing is to be sent
+        assert server.messages == []
+        champion.promote("2", "better", params)
+        assert server.messages == ["rlhf-policy/2: better"] and server.private == {"me/reviews": True}
+        assert "adapter_config.json" in server.files["me/reviews"] and "config.json" not in server.files["me/reviews"]
+    with pytest.raises(HubError, match="glmflow export models:/rlhf-policy/1 FOLDER --push-to-hub me/reviews"):
+        champion.rollback("rude", params)  # the hub is away: that keeps nobody from going back
+    assert alias_version(store, NAME, "champion") == "1"
 
 
 def test_a_missing_export_is_named(tmp_path: Path, store: MlflowClient) -> None:

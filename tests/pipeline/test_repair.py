@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.dvc_repair import drop_corrupted, drop_corrupted_lists, drop_corrupted_runs, drop_dead_locks
-from tasks.lineage import hashes_in_lock
+from flows.dvc_repair import (
+    drop_corrupted,
+    drop_corrupted_lists,
+    drop_corrupted_lock_file,
+    drop_corrupted_runs,
+    drop_dead_locks,
+)
+from tasks.lineage import content_hash, hashes_in_lock
 from tests.pipeline.conftest import Project
 
 STAGE = """
@@ -58,6 +64,19 @@ def test_a_corrupted_cache_file_is_found_where_it_was_restored(repository: Proje
     assert (root / "out" / "a").read_text() == "twelve bytes" == entry.read_text()
 
 
+def test_a_sound_cache_file_is_read_once(repository: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, cache = repository.root, repository.root / ".dvc" / "cache"
+    hashes = hashes_in_lock(root / "dvc.lock")
+    read = []
+    monkeypatch.setattr("flows.dvc_repair.content_hash", lambda path: read.append(path) or content_hash(path))
+    for _ in range(2):
+        assert drop_corrupted(hashes, root, cache) == []
+    assert len(read) == 2  # the folder's list, and the one content of its files
+    os.utime(read[0])
+    assert drop_corrupted(hashes, root, cache) == []
+    assert read[2:] == read[:1]
+
+
 def test_a_cut_off_list_of_a_folder_is_written_again(repository: Project) -> None:
     root, cache = repository.root, repository.root / ".dvc" / "cache"
     hashes = hashes_in_lock(root / "dvc.lock")
@@ -79,6 +98,20 @@ def test_a_cut_off_run_is_removed(repository: Project) -> None:
     damage(run)
     (said,) = drop_corrupted_runs(repository.root / ".dvc" / "cache")
     assert run.name in said and not run.exists()
+
+
+def test_a_lock_file_that_was_cut_off_is_made_again_from_the_run_cache(repository: Project) -> None:
+    lock = repository.root / "dvc.lock"
+    whole = lock.read_text()
+    assert drop_corrupted_lock_file(repository.root) == []
+    # what a kill in the middle of its writing leaves; the last is a whole file of less for DVC
+    for left, broken in (("", True), (whole[:8], True), (whole[: whole.index("outs")], False)):
+        lock.write_text(left)
+        assert bool(drop_corrupted_lock_file(repository.root)) == broken
+        assert "Running stage" not in repository.dvc("repro")
+        assert lock.read_text() == whole
+    lock.write_text(whole.replace("outs", "\n<<<<<<< HEAD\nouts"))
+    assert drop_corrupted_lock_file(repository.root) == []
 
 
 def test_locks_of_other_programs_are_removed_and_those_of_dvc_are_not(repository: Project, tmp_path: Path) -> None:

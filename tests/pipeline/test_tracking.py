@@ -225,6 +225,15 @@ def test_four_first_users_at_once(tmp_path: Path) -> None:
     assert len(answers) == 1
 
 
+def test_a_dead_server_is_one_line_for_who_asks_it() -> None:
+    command = [sys.executable, "-m", "apps.cli", "champions"]
+    there = {"MLFLOW_TRACKING_URI": "http://me:secret@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment() | there, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("MLflow at http://127.0.0.1:9: ") and done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+
+
 def test_a_dead_server_does_not_stop_the_stage(project: Path) -> None:
     started = time.monotonic()
     said = call(project, "python", "sft.py", MLFLOW_TRACKING_URI="http://user:secret@127.0.0.1:9")
