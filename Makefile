@@ -30,10 +30,10 @@ help: ## list the commands
 run: .venv/ready ## run the pipeline on the embedded default (or what params.yaml says), seven minutes
 	@python -m flows.rlhf_pipeline $(ARGS)
 
-test: .venv/ready ## run all tests, as many at a time as there are cores, four at most
+test: .venv/ready .venv/deepspeed ## run all tests, as many at a time as there are cores, four at most
 	@OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-slow: .venv/ready ## run the tests that take minutes: twenty kills, servers elsewhere
+test-slow: .venv/ready .venv/deepspeed ## run the tests that take minutes: twenty kills, servers elsewhere
 	@GLMFLOW_KILL_TRIALS=20 python -m pytest -m slow $(ARGS)
 
 lint: .venv/ready ## check style and types
@@ -73,3 +73,9 @@ endif
 	@$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=65"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# For its tests, beside the environment: where DeepSpeed is installed, accelerate imports it in every training.
+.venv/deepspeed: requirements-deepspeed.lock | .venv/ready
+	@rm -rf $@.new
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.new -r requirements-deepspeed.lock
+	@rm -rf $@ && mv $@.new $@ && touch $@

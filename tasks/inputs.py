@@ -14,12 +14,15 @@ from glm.data.sources import local_files
 from glm.errors import InputError
 from glm.files import write_json
 from tasks import STEPS
+from tasks.launch import check_engine
 from tasks.lineage import content_hash
 from tasks.tracking import main_checkout
 
 
 def check_inputs(params: Params, steps: Sequence[str] = STEPS) -> None:
-    """Look for every dataset's registry entry and local files, and for the model's folder. Nothing is downloaded.
+    """Look for every dataset's registry entry and local files, the model's folder, and the engine of several processes.
+
+    Nothing is downloaded.
 
     `steps` are those that will run: what they do not need may be left out.
 
@@ -31,6 +34,7 @@ def check_inputs(params: Params, steps: Sequence[str] = STEPS) -> None:
             raise InputError(
                 f"data.{use}: empty, but the step {step} needs rows: name a dataset, or end the run before"
             )
+    check_engine(params.launch)
     check_datasets(params.data)
     path = params.model.path
     if path == EMBEDDED:

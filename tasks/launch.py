@@ -4,6 +4,7 @@ The processes live and die together. The first one does all that is seen from ou
 """
 
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
@@ -30,6 +31,13 @@ def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_engine(launch: Launch) -> None:
+    """Raise an InputError if the engine that the strategy names is not installed."""
+    wanted = launch.num_processes > 1 and launch.strategy == "deepspeed_zero3"
+    if wanted and importlib.util.find_spec("deepspeed") is None:
+        raise InputError("launch.strategy deepspeed_zero3: DeepSpeed is missing: pip install 'glmflow[deepspeed]'")
+
+
 def launch(launch: Launch, command: Sequence[str], name: str) -> int:
     """Run `command`, a Python program's arguments, in `num_processes` processes; returns the exit status of the step.
 
@@ -37,8 +45,9 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
     those that do not listen within half a minute by SIGKILL.
 
     Raises:
-        InputError: fewer GPUs than processes.
+        InputError: fewer GPUs than processes, or no engine for the strategy.
     """
+    check_engine(launch)
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -156,9 +156,10 @@ CHINESE = {
     "a model that is new on the hub is seen by its owner alone": "新建的 hub 模型只有所有者可见",
     "one a GPU; without a GPU, on the CPU": "每块 GPU 一个进程；没有 GPU 时用 CPU",
     "who holds the weights, gradients and moments of method full in SFT and reward model: each process all of "
-    "them (ddp), or its share (fsdp: FSDP2). Other methods, and policies, always take ddp": (
+    "them (ddp), or its share (fsdp: FSDP2; deepspeed_zero3: DeepSpeed's ZeRO stage 3, needs deepspeed). Other "
+    "methods, and policies, always take ddp": (
         "SFT 与奖励模型做全参数训练时，权重、梯度和动量由谁保存：每个进程都保存全部（ddp），或只保存一"
-        "份（fsdp，即 FSDP2）；其他方法和策略总是 ddp"
+        "份（fsdp，即 FSDP2；deepspeed_zero3，即 DeepSpeed 的 ZeRO 第三阶段，需安装 deepspeed）；其他方法和策略总是 ddp"
     ),
     "rankings; empty only where a run ends with SFT": "排序数据；只有到 SFT 为止的运行才可为空",
     "prompts of the policy; empty as above": "策略的提示；可为空的情形同上",

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from glm.sections.section import Section
 
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "deepspeed_zero3"]
 
 
 class Launch(Section):
@@ -20,5 +20,6 @@ class Launch(Section):
     strategy: Strategy = Field(
         "ddp",
         description="who holds the weights, gradients and moments of method full in SFT and reward model: each process "
-        "all of them (ddp), or its share (fsdp: FSDP2). Other methods, and policies, always take ddp",
+        "all of them (ddp), or its share (fsdp: FSDP2; deepspeed_zero3: DeepSpeed's ZeRO stage 3, needs deepspeed). "
+        "Other methods, and policies, always take ddp",
     )

@@ -1,78 +1,22 @@
-"""SFT and reward model on several GPUs: a `StepTrainer` in each process, by DDP or FSDP2.
+"""SFT and reward model on several GPUs: a `StepTrainer` in each process, here by DDP; fsdp.py and zero3.py stand on it.
 
 All processes load the same steps, and each computes its share of a step's tokens. The loss is divided by the items of
 the whole step, so that it is the mean over them however they are shared out; the engines take the mean of gradients
 over processes, which is why the loss is multiplied by their number.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
-from glm.config import Reward, Sft, Strategy
-from glm.models.methods import trained_parameters
-from glm.models.packed_attention import attention_of
-from glm.training.checkpoint import Checkpoints
 from glm.training.distributed import deal, rank, world_size
-from glm.training.guards import flops_per_token
-from glm.training.layers import layers_run
 from glm.training.packing import Packing, token_count
-from glm.training.plan import Plan
-from glm.training.sharding import sharded, share_like, share_moments, whole_state
-from glm.training.trainer import Log, Progress, StepTrainer, training_arguments
-
-Collator = Callable[[list[Any]], dict[str, Any]]
-
-
-@contextmanager
-def rank_trainer_for(
-    loss: nn.Module,
-    collator: Collator,
-    dev_set: Sequence[Any],
-    params: Sft | Reward,
-    plan: Plan,
-    *,
-    seed: int,
-    log: Log,
-    log_speed: Log,
-    progress: Progress,
-    checkpoints: Checkpoints | None,
-    strategy: Strategy,
-) -> "Iterator[RankTrainer]":
-    """What `trainer_for` gives in one of several processes. Method full is spread by `strategy`, others by DDP."""
-    with sharded(loss) if strategy == "fsdp" and params.method == "full" else nullcontext(loss) as trained:
-        causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
-        torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
-        # method full has weights that the reward model does not use: the vocabulary head's
-        ddp = {"ddp_find_unused_parameters": params.method == "full"}
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            attention_of(causal, plan.attention),
-            layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
-        ):
-            yield RankTrainer(
-                model=trained,
-                args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set), **ddp),
-                train_dataset=plan.train_set,
-                eval_dataset=dev_set or None,
-                data_collator=Share(collator, plan.packing),
-                eval_batch_size=params.per_device_eval_batch_size,
-                log=log,
-                log_speed=log_speed,
-                progress=progress,
-                checkpoints=checkpoints,
-                flops=flops_per_token(causal) / world_size(),  # of this GPU
-                loraplus_lr_ratio=params.loraplus_lr_ratio,
-            )
+from glm.training.trainer import Collator, StepTrainer
 
 
 class Share:
@@ -115,9 +59,10 @@ def shares(step: list[Any], number: int, packing: Packing | None) -> list[list[A
 class RankTrainer(StepTrainer):
     """A `StepTrainer` that is one of several; `data_collator` is a `Share`."""
 
+    has_shares = False  # whether this process has a share of each weight only, once the training has begun
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.sharded = isinstance(self.model, FSDPModule)
         if rank() > 0:
             torch.manual_seed(self.args.seed + rank())  # dropout's noise is each process's own
 
@@ -138,15 +83,18 @@ class RankTrainer(StepTrainer):
         micro_batches = inputs["micro_batches"]
         counted = len(micro_batches) - inputs["idle"]
         for number, micro_batch in enumerate(micro_batches, start=1):
-            wait = number < len(micro_batches) and not self.sharded  # FSDP keeps shares of gradients only
+            wait = number < len(micro_batches) and not self.has_shares  # nor of gradients is there more than a share
             with model.no_sync() if wait else nullcontext():
                 loss = model(**self._prepare_inputs(micro_batch)) / inputs["items"]
                 if number > counted:
                     loss = loss * 0
-                self.accelerator.backward(loss * world_size())
+                self._backward(loss * world_size())
             total += loss.detach()
         dist.all_reduce(total)
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
 
     def _loss_of(self, batch: dict[str, Any]) -> float:
         counted = len(batch["micro_batches"]) - batch["idle"]
@@ -156,25 +104,12 @@ class RankTrainer(StepTrainer):
         return total.item()
 
     def _see_a_gradient(self, model: nn.Module) -> None:
-        if not self.sharded:  # of whole weights there always is one
+        if not self.has_shares:  # of whole weights there always is one
             super()._see_a_gradient(model)
 
     def _try_largest(self) -> None:
-        if not self.sharded:  # weights are whole until the training starts
+        if not self.has_shares:  # weights are whole until the training begins
             super()._try_largest()
-
-    def _trained_state(self) -> dict[str, Any]:
-        return whole_state(super()._trained_state())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.model).items():
-                parameter.copy_(share_like(self.resumed["trained"][name], parameter))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.resumed["optimizer"] = share_moments(self.resumed["optimizer"], self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if rank() == 0:

@@ -21,10 +21,11 @@ from glm.models.methods import Tunable
 from glm.training.checkpoint import Checkpoints
 from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
+from glm.training.make_trainer import trainer_for
 from glm.training.packing import Packing, packed_row, step_rows, token_count
 from glm.training.plan import plan
 from glm.training.ranking_loss import ranking_loss
-from glm.training.trainer import Log, Progress, require_rows, trainer_for
+from glm.training.trainer import Log, Progress, require_rows
 
 
 class RewardModel(nn.Module):
@@ -132,9 +133,19 @@ def train(
     say_what_comes(backbone, params.method, params, steps, stage="reward")
     loss = RewardLoss(reward_model, params, fused=steps.fused)
     collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
-    options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    options |= {"checkpoints": checkpoints, "strategy": strategy}
-    with trainer_for(loss, backbone, collator, dev_set, params, steps, **options) as trainer:
+    with trainer_for(
+        loss,
+        collator,
+        dev_set,
+        params,
+        steps,
+        seed=seed,
+        log=log,
+        log_speed=log_speed,
+        progress=progress,
+        checkpoints=checkpoints,
+        strategy=strategy,
+    ) as trainer:
         trainer.run()
     methods.finish(backbone, params.method)
     numbers = {

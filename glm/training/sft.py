@@ -20,9 +20,10 @@ from glm.training.checkpoint import Checkpoints
 from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
 from glm.training.loss import cross_entropy_sum, label_positions
+from glm.training.make_trainer import trainer_for
 from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.plan import plan
-from glm.training.trainer import Log, Progress, require_rows, trainer_for
+from glm.training.trainer import Log, Progress, require_rows
 
 
 class SftLoss(nn.Module):
@@ -148,9 +149,19 @@ def train(
     say_what_comes(tuned, params.method, params, steps, stage="sft")
     loss = SftLoss(tuned, params.neftune_noise_alpha, fused=steps.fused, compiled=steps.compiled)
     collator = SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
-    options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-    options |= {"checkpoints": checkpoints, "strategy": strategy}
-    with trainer_for(loss, tuned, collator, dev_set, params, steps, **options) as trainer:
+    with trainer_for(
+        loss,
+        collator,
+        dev_set,
+        params,
+        steps,
+        seed=seed,
+        log=log,
+        log_speed=log_speed,
+        progress=progress,
+        checkpoints=checkpoints,
+        strategy=strategy,
+    ) as trainer:
         trainer.run()
         after = trainer.evaluate()["eval_loss"] if dev_set else None
     methods.finish(tuned, params.method)

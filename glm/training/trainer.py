@@ -7,8 +7,7 @@ a 6B model. What is ours: one batch of its loader is one optimizer step, which t
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from heapq import nlargest
 from pathlib import Path
@@ -20,110 +19,17 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from glm.config import Reward, Sft, Strategy, Training
 from glm.errors import InputError
-from glm.models.adapters import causal_lm
-from glm.models.methods import Tunable, trained_parameters
-from glm.models.packed_attention import attention_of
+from glm.models.methods import trained_parameters
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.distributed import world_size
-from glm.training.guards import LossWatch, check_gradients, flops_per_token, peak_flops, try_largest
-from glm.training.layers import layers_run
+from glm.training.guards import LossWatch, check_gradients, peak_flops, try_largest
 from glm.training.packing import token_count
-from glm.training.plan import Plan
 
 Log = Callable[[int, dict[str, float]], None]  # (optimizer step, values)
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Collator = Callable[[list[Any]], dict[str, Any]]  # see StepTrainer
 
 GRADIENT_STEPS = 3  # within so many steps something of the adapter must have had a gradient
-
-
-@contextmanager
-def trainer_for(
-    loss: nn.Module,
-    model: Tunable,
-    collator: Callable[[list[Any]], dict[str, Any]],
-    dev_set: Sequence[Any],
-    params: Sft | Reward,
-    plan: Plan,
-    *,
-    seed: int,
-    log: Log,
-    log_speed: Log,
-    progress: Progress,
-    checkpoints: Checkpoints | None,
-    strategy: Strategy = "ddp",
-) -> "Iterator[StepTrainer]":
-    """A `StepTrainer` of `loss`, which computes `model`; inside, the model's layers and attention are as planned.
-
-    Among several processes it is a `RankTrainer`, and `strategy` says who holds the weights.
-    """
-    if world_size() > 1:
-        from glm.training.rank_trainer import rank_trainer_for
-
-        options: dict[str, Any] = {"seed": seed, "log": log, "log_speed": log_speed, "progress": progress}
-        with rank_trainer_for(
-            loss, collator, dev_set, params, plan, **options, checkpoints=checkpoints, strategy=strategy
-        ) as trainer:
-            yield trainer
-        return
-    causal = causal_lm(model)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        attention_of(causal, plan.attention),
-        layers_run(causal, compiled=plan.compiled, checkpointing=plan.checkpointing, fused=plan.fused),
-    ):
-        yield StepTrainer(
-            model=loss,
-            args=training_arguments(params, plan, scratch, seed, has_dev=bool(dev_set)),
-            train_dataset=plan.train_set,
-            eval_dataset=dev_set or None,
-            data_collator=collator,
-            eval_batch_size=params.per_device_eval_batch_size,
-            log=log,
-            log_speed=log_speed,
-            progress=progress,
-            checkpoints=checkpoints,
-            flops=flops_per_token(causal),
-            loraplus_lr_ratio=params.loraplus_lr_ratio,
-        )
-
-
-def training_arguments(
-    params: Training, plan: Plan, output_dir: str | Path, seed: int, *, has_dev: bool, **engine: Any
-) -> Any:
-    """The stage's parameters in the Trainer's words, and the `engine`'s. Only the callbacks given here report."""
-    on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        seed=seed,
-        data_seed=seed,
-        learning_rate=params.learning_rate,
-        num_train_epochs=params.num_train_epochs,
-        max_steps=params.max_steps,
-        per_device_train_batch_size=plan.step_size,
-        lr_scheduler_type=params.lr_scheduler_type,
-        warmup_steps=params.warmup_steps,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
-        optim=params.optim,
-        logging_steps=params.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
-        eval_strategy="steps" if has_dev else "no",
-        eval_steps=params.eval_steps,
-        eval_on_start=has_dev,
-        save_strategy="steps",
-        save_steps=params.save_steps,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        accelerator_config={"non_blocking": on_gpu},  # else the copy of a batch waits for the step before
-        use_cpu=not on_gpu,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        **engine,
-    )
 
 
 class StepTrainer(Trainer):

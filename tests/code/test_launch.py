@@ -1,5 +1,6 @@
 """A stage in two processes: one log, one MLflow run, one error, and an end for all when one of them ends."""
 
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 
 from glm.config import Launch, load_params
 from glm.errors import InputError
+from tasks.inputs import check_inputs
 from tasks.launch import exit_status, launch
 from tests.code.test_stage import environment, files, last_run, project
 
@@ -137,6 +139,10 @@ def test_the_exit_status_is_that_of_who_failed_first(capsys: pytest.CaptureFixtu
             {"launch.strategy": "fsdp", "sft.method": "full", "sft.optim": "adafactor"},
             ["launch.strategy fsdp", "sft.optim adafactor"],
         ),
+        (
+            {"launch.strategy": "deepspeed_zero3", "reward.method": "full", "reward.optim": "adamw_8bit"},
+            ["launch.strategy deepspeed_zero3", "reward.optim adamw_8bit"],
+        ),
         ({"launch.num_processes": 0}, ["launch.num_processes"]),
     ],
 )
@@ -144,6 +150,15 @@ def test_what_processes_cannot_share_is_refused(changes: dict, words: list[str])
     with pytest.raises(InputError) as error:
         load_params(ROOT / "params.yaml", {"launch.num_processes": 2} | changes)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is here")
+def test_a_missing_engine_is_named_before_anything_runs() -> None:
+    params = load_params(ROOT / "params.yaml", {"launch.num_processes": 2, "launch.strategy": "deepspeed_zero3"})
+    with pytest.raises(InputError, match=r"launch.strategy deepspeed_zero3.*pip install 'glmflow\[deepspeed\]'"):
+        check_inputs(params)
+    with pytest.raises(InputError, match="DeepSpeed is missing"):
+        launch(params.launch, ["-c", ""], "sft")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU: any number of processes will do")

@@ -1,6 +1,7 @@
 """Trainings on a tiny random model in one process or in several: python -m tests.model.ranks FOLDER KIND,KIND… [DIE_AT]
 
-KIND is sft-METHOD-LAYOUT-STRATEGY, reward-METHOD-STRATEGY or an algorithm. Each writes its curves and what it has
+KIND is sft-METHOD-LAYOUT-STRATEGY, reward-METHOD-STRATEGY or an algorithm; LAYOUT is padded, packed, rows (packed for
+tokens_per_step) or selective (packed, activations computed again). Each writes its curves and what it has
 trained into FOLDER/KIND; tests/model/test_multi.py compares.
 """
 
@@ -96,7 +97,9 @@ def tiny() -> tuple[Any, Any]:
 
 def supervised(method: Any, layout: str, strategy: Any, folder: Path, options: dict[str, Any]) -> dict[str, float]:
     base, tokenizer = tiny()
-    params = Sft(method=method, lora_dropout=0.0, packing=layout != "padded", **EVERY)
+    params = Sft(method=method, lora_dropout=0.0, num_layer_trainable=1, packing=layout != "padded", **EVERY)
+    if layout == "selective":
+        params = params.model_copy(update={"activation_checkpointing": "selective"})
     if layout == "rows":
         params = params.model_copy(update={"tokens_per_step": 3 * params.tokens_per_forward})
     data = examples(40, 1), examples(11, 2)

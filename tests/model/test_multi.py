@@ -1,9 +1,15 @@
-"""Two processes on the CPU (gloo) do what one does on the same global batch: SFT, reward model and policies."""
+"""Two processes on the CPU (gloo) do what one does on the same global batch: SFT, reward model and policies.
 
+What needs DeepSpeed runs where it is installed, or lies in .venv/deepspeed, where `make test` puts it.
+"""
+
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +22,16 @@ from glm.training.rank_trainer import shares
 from tests.model import ranks
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("sft-lora-packed-ddp", "sft-full-rows-fsdp", "reward-lora-ddp", "ppo")
+DEEPSPEED = ROOT / ".venv" / "deepspeed"
+HAS_DEEPSPEED = DEEPSPEED.exists() or importlib.util.find_spec("deepspeed") is not None
+KINDS = ("sft-lora-packed-ddp", "sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3", "reward-lora-ddp", "ppo")
 SLOW = (
     "sft-lora-padded-ddp",
     "sft-freeze-packed-ddp",
     "sft-full-packed-ddp",
     "reward-full-ddp",
     "reward-full-fsdp",
+    "reward-full-deepspeed_zero3",
     "raft",
     "dpo",
     "rrhf",
@@ -37,9 +46,17 @@ sys.exit(launch(Launch(num_processes=2), ["-m", "tests.model.ranks", *sys.argv[1
 """
 
 
+def if_installed(kinds: tuple[str, ...]) -> list[Any]:
+    """As parameters of a test, skipped where they need what is not here."""
+    missing = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: make .venv/deepspeed")
+    return [pytest.param(kind, marks=missing if kind.endswith("zero3") else ()) for kind in kinds]
+
+
 def two_processes(folder: Path, kinds: str, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", LAUNCH, str(folder), kinds, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    python_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(DEEPSPEED)]))
+    env = os.environ | {"PYTHONPATH": python_path}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
 def points_of(folder: Path) -> dict[tuple[int, str], float]:
@@ -77,22 +94,23 @@ def assert_same(one: Path, two: Path) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("both")
-    for kind in KINDS:
+    kinds = [kind for kind in KINDS if HAS_DEEPSPEED or not kind.endswith("zero3")]
+    for kind in kinds:
         ranks.main(kind, folder / "one" / kind)
     (folder / "two").mkdir()
     (folder / "one" / "actors").rename(folder / "two" / "actors")
-    done = two_processes(folder / "two", ",".join(KINDS))
+    done = two_processes(folder / "two", ",".join(kinds))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", if_installed(KINDS))
 def test_two_processes_train_as_one_does(kind: str, both: Path) -> None:
     assert_same(both / "one" / kind, both / "two" / kind)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SLOW)
+@pytest.mark.parametrize("kind", if_installed(SLOW))
 def test_two_processes_train_as_one_does_by_every_way(kind: str, tmp_path: Path) -> None:
     ranks.main(kind, tmp_path / "one" / kind)
     (tmp_path / "two").mkdir()
@@ -112,8 +130,8 @@ def test_a_model_that_was_shared_out_loads_as_any(both: Path) -> None:
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
 
-def test_when_one_is_killed_the_others_end_and_one_process_goes_on(both: Path, tmp_path: Path) -> None:
-    kind = "sft-full-rows-fsdp"
+@pytest.mark.parametrize("kind", if_installed(("sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3")))
+def test_when_one_is_killed_the_others_end_and_one_process_goes_on(kind: str, both: Path, tmp_path: Path) -> None:
     broken = two_processes(tmp_path, kind, "12")
     assert broken.returncode == 1
     assert "training: process 1 of 2 was ended by SIGKILL" in broken.stderr
@@ -124,8 +142,8 @@ def test_when_one_is_killed_the_others_end_and_one_process_goes_on(both: Path, t
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_was(tmp_path: Path) -> None:
-    kind = "ppo"
+@pytest.mark.parametrize("kind", if_installed(("ppo", "sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3")))
+def test_two_processes_go_on_where_one_was(kind: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ranks.main(kind, tmp_path / "broken" / kind, stop_at=12)
     done = two_processes(tmp_path / "broken", kind)

@@ -40,7 +40,7 @@ MODELS = {
     "alter_self_cognition_chatglm": "chatglm1-e2e",
     "alter_self_cognition_chatglm2": "chatglm2-e2e",
     "covid_doctor": "chatglm1-e2e",
-    "full_tuning_fsdp": "chatglm2-e2e",
+    "full_tuning": "chatglm2-e2e",
     "qlora_small_gpu": "chatglm2-e2e",
 }
 
@@ -66,7 +66,7 @@ def stand_ins(tmp_path: Path, prefect_api: str) -> Project:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_runs_to_its_end(name: str, stand_ins: Project) -> None:
     project, model = stand_ins, ROOT / "tests" / "golden" / MODELS[name]
-    more = {"model.path": model} | ({"launch.num_processes": 2} if name == "full_tuning_fsdp" else {})
+    more = {"model.path": model} | ({"launch.num_processes": 2} if name == "full_tuning" else {})
     output = project.flow(f"recipes/{name}.yaml", *settings(TINY | WHO | more)).stdout
     experiment = next(line.split()[3] for line in output.splitlines() if line.strip().startswith("dvc exp apply"))
     end = read_recipe(ROOT / "recipes" / f"{name}.yaml").until or "evaluate"
