@@ -7,7 +7,8 @@ A Glm of ChatGLM2-6B's shape (6.2 B parameters, random weights, bfloat16) and ex
 benchmarks/sft.py; each count is a launch of its own, as `launch.num_processes` makes it.
 
     lora    SFT, LoRA r=8 on query_key_value, DDP; a step has 4,096 tokens a GPU
-    full    SFT, every weight, FSDP2; a step has a row of 2,048 tokens a GPU
+    fsdp    SFT, every weight, FSDP2; a step has a row of 2,048 tokens a GPU
+    zero3   the same by DeepSpeed's ZeRO stage 3
     ppo     whole PPO steps of 64 prompts a GPU, 128 + 128 tokens; tokens are those of prompts and answers
     losses  20 steps of `lora` on the same 8 rows of 4,096 tokens a step, whatever the count: the largest relative
             difference of a loss from that of one GPU
@@ -34,12 +35,14 @@ from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
 from benchmarks.ppo import build, make_actors, our_step
 from benchmarks.shapes import CHATGLM2, chatglm2, examples
-from glm.config import Launch, Ppo, Sft
+from glm.config import Launch, Ppo, Sft, Strategy
+from glm.errors import InputError
 from glm.training import distributed, sft
 from tasks.launch import first, launch, launched
 
 WINDOW = 4  # optimizer steps between two readings of the clock
-KINDS = ("lora", "full", "ppo", "losses")
+KINDS = ("lora", "fsdp", "zero3", "ppo", "losses")
+STRATEGIES: dict[str, Strategy] = {"fsdp": "fsdp", "zero3": "deepspeed_zero3"}  # of method full
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 32, "lora_target": ["query_key_value"], "lora_dropout": 0.0}
 EVERY: dict[str, Any] = {"logging_steps": WINDOW, "lr_scheduler_type": "constant", "learning_rate": 1e-4}
 
@@ -61,7 +64,8 @@ def tiny_model() -> PreTrainedModel:
 
 def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
     """One SFT training in this process, one of `count`."""
-    row, steps = (2048, 12) if kind == "full" else (4096, 20)
+    full = kind in STRATEGIES
+    row, steps = (2048, 12) if full else (4096, 20)
     if tiny:
         row, steps = 1024, 8
     values: dict[str, Any] = {
@@ -70,11 +74,11 @@ def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
         "tokens_per_forward": row,
         "tokens_per_step": row * (8 if kind == "losses" else count),
         "torch_compile": not tiny,
-        "activation_checkpointing": "none" if tiny or kind != "full" else "full",
+        "activation_checkpointing": "full" if full and not tiny else "none",
     }
     if kind == "losses":
         values["logging_steps"] = 1
-    values |= {"method": "full", "learning_rate": 1e-5} if kind == "full" else LORA
+    values |= {"method": "full", "learning_rate": 1e-5} if full else LORA
     rows = examples(200 if tiny else 3000)
     if tiny:
         rows = [{name: [id % 1024 if id >= 0 else id for id in ids] for name, ids in each.items()} for each in rows]
@@ -87,7 +91,7 @@ def train(kind: str, count: int, tiny: bool) -> dict[str, Any]:
         [],
         Sft.model_validate(values),
         seed=0,
-        strategy="fsdp",
+        strategy=STRATEGIES.get(kind, "ddp"),
         log=lambda step, found: losses.append(found["loss"]),
         log_speed=lambda step, found: windows.append(found),
         progress=lambda done, total: None,
@@ -148,7 +152,7 @@ def run(kind: str, count: int, tiny: bool) -> dict[str, Any] | None:
         if count == 1:
             status = subprocess.run([sys.executable, *command]).returncode
         else:
-            status = launch(Launch(num_processes=count), command, kind)
+            status = launch(Launch(num_processes=count, strategy=STRATEGIES.get(kind, "ddp")), command, kind)
         return json.loads(path.read_text()) if status == 0 else None
 
 
@@ -173,7 +177,11 @@ def main() -> None:
         one: dict[str, Any] | None = None
         for count in counts:
             start = time.perf_counter()
-            found = run(kind, count, options.tiny)
+            try:
+                found = run(kind, count, options.tiny)
+            except InputError as error:  # DeepSpeed is missing
+                print(error)
+                found = None
             seconds = time.perf_counter() - start
             print(f"{kind} on {count}: {seconds:.0f} s, {'done' if found else 'failed'}", flush=True)
             if found is None:
