@@ -5,7 +5,7 @@
 
 Prompts go out as token ids and answers come back as token ids, so that templates, stop texts, tools and counting are
 this project's, whoever computes. The protocol is vLLM's `/v1/completions` (field names of 0.28: `prompt` as ids,
-`stop_token_ids`, `return_token_ids` (since 0.10.2), `return_tokens_as_token_ids`, `top_k`; `max_model_len` of
+`stop_token_ids`, `return_token_ids`, `return_tokens_as_token_ids`, `top_k`; `max_model_len` of
 `/v1/models`). Answers are always streamed: one that nobody wants any more is ended by closing its connection.
 """
 
@@ -168,7 +168,7 @@ def read_tokens(choice: dict[str, Any], most: int | None) -> list[Chosen]:
     """The tokens of a choice, with their log-probabilities and `most` alternatives where those were asked for."""
     ids = choice.get("token_ids")
     if ids is None and choice.get("text"):
-        raise RemoteError("it does not know return_token_ids: vLLM does since 0.10.2, `glmflow serve` does")
+        raise RemoteError("it does not know return_token_ids, as vLLM (not the oldest) and `glmflow serve` do")
     logprobs = choice.get("logprobs") or {"token_logprobs": [], "top_logprobs": []}
     chosen = []
     # An end token may come without a log-probability.
