@@ -124,17 +124,7 @@ def test_a_new_file_starts_a_retraining_that_waits_for_a_person(deployed: Projec
 @pytest.mark.slow
 def test_the_schedule_of_the_deployment_fires(deployed: Project) -> None:
     url = api(deployed)
-    schedule = [
-        "prefect",
-        "deployment",
-        "schedule",
-        "create",
-        "retrain/weekly",
-        "--cron",
-        "* * * * *",
-        "--replace",
-        "-y",
-    ]
+    schedule = ["deployment", "schedule", "create", "retrain/weekly", "--cron", "* * * * *", "--replace", "-y"]
     deployed.command("prefect", *schedule)
 
     def ended() -> list[dict[str, object]]:
