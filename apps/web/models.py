@@ -77,10 +77,14 @@ def build(tab: gr.Tab, text: Texts) -> None:
         now, before = champion.rollback(why, params)
         return note(text("models.rolled_back", name=params.promote.model_name, version=now, before=before or "–"))
 
-    outputs = [overview, history, version, target]
-    tab.select(told(load), None, outputs, **QUIET)
-    promote.click(told(promoted), [version, reason], said, **SLOW).success(told(load), None, outputs, **QUIET)
-    rollback.click(told(rolled_back), reason, said, **SLOW).success(told(load), None, outputs, **QUIET)
+    outputs = [overview, history, version]
+    tab.select(told(load), None, [*outputs, target], **QUIET)
+
+    def refresh() -> tuple[Any, ...]:
+        return load()[:-1]  # not what somebody may be typing by now
+
+    promote.click(told(promoted), [version, reason], said, **SLOW).success(told(refresh), None, outputs, **QUIET)
+    rollback.click(told(rolled_back), reason, said, **SLOW).success(told(refresh), None, outputs, **QUIET)
     show.click(told(lineage_html), target, drawn, **SLOW)
 
 
