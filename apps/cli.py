@@ -205,7 +205,7 @@ def web(
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise InputError("web: the page needs gradio: pip install 'glmflow[web]'") from None
+        raise InputError("web: the page needs gradio: pip install -r requirements.lock") from None
     serve_page(host, port, user, password, show)
 
 

@@ -35,7 +35,7 @@ def check_engine(launch: Launch) -> None:
     """Raise an InputError if the engine that the strategy names is not installed."""
     wanted = launch.num_processes > 1 and launch.strategy == "deepspeed_zero3"
     if wanted and importlib.util.find_spec("deepspeed") is None:
-        raise InputError("launch.strategy deepspeed_zero3: DeepSpeed is missing: pip install 'glmflow[deepspeed]'")
+        raise InputError("launch.strategy deepspeed_zero3: needs DeepSpeed: pip install -r requirements-deepspeed.lock")
 
 
 def launch(launch: Launch, command: Sequence[str], name: str) -> int:
