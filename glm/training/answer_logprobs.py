@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from glm.models.adapters import causal_lm
-from glm.models.chatglm1 import ChatGLMConfig
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.distributed import gathered, share_of
-from glm.training.packing import own_lengths, pack_step
+from glm.training.packing import own_lengths, pack_step, prefix_lm_of
 
 Ranking = dict[str, Any]  # `sequences`, best answer first, and the `starts` of their answers
 
@@ -28,8 +27,7 @@ def ranking_size(actors: Actors, *, share_prompt: bool) -> Callable[[Ranking], i
     """What tells how many tokens of a ranking are computed."""
     if not (share_prompt and actors.packed):
         return lambda ranking: sum(map(len, ranking["sequences"]))
-    config = causal_lm(actors.model).config
-    prefix_lm = config if isinstance(config, ChatGLMConfig) else None
+    prefix_lm = prefix_lm_of(causal_lm(actors.model).config)
     return lambda ranking: sum(own_lengths(ranking["sequences"], prefix_lm))
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from glm.data.collate import pad_ids
-from glm.models.chatglm1 import ChatGLMConfig
-from glm.training.packing import Packing, packed_row
+from glm.training.packing import Packing, packed_row, prefix_lm_of
 
 # Compiled code and kernels see few shapes: a row's length, its longest sequence and its number of sequences are rounded
 # up to multiples.
@@ -82,7 +81,7 @@ def packing_for(config: Any, batch: Batch, *, compiled: bool) -> Packing:
         multiple=LENGTHS if compiled else 1,
         max_sequences=_up(len(batch.prompts), SEQUENCES) if compiled else len(batch.prompts),
         max_length=_up(max(batch.sizes()), LENGTHS) if compiled else max(batch.sizes()),
-        prefix_lm=config if isinstance(config, ChatGLMConfig) else None,
+        prefix_lm=prefix_lm_of(config),
         max_answers=max(batch.rankings) if batch.rankings else 1,
     )
 

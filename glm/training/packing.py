@@ -46,6 +46,11 @@ class Packing:
     max_answers: int = 1
 
 
+def prefix_lm_of(config: Any) -> ChatGLMConfig | None:
+    """The config, if it is that of a model that reads prompts in both directions."""
+    return config if isinstance(config, ChatGLMConfig) else None
+
+
 def pack_step(items: list[Item], size: Callable[[Item], int], capacity: int) -> list[list[Item]]:
     """The items of one step in as few rows as best-fit decreasing finds."""
     ordered = sorted(items, key=size, reverse=True)

@@ -13,12 +13,11 @@ from glm.data.cache import TokenizedRows
 from glm.data.packing import PackedRows, pack
 from glm.errors import InputError
 from glm.models.adapters import causal_lm
-from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.methods import Tunable
 from glm.models.packed_attention import VARLEN, packed_implementation, why_not_packed
 from glm.training.fused_layer import can_fuse
 from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
-from glm.training.packing import Packing, own_lengths
+from glm.training.packing import Packing, own_lengths, prefix_lm_of
 
 Example = dict[str, Any]
 Sequences = Callable[[Example], list[list[int]]]  # the token sequences of an example: one for SFT, all of a ranking
@@ -69,7 +68,7 @@ def plan(
     """
     base = causal_lm(model)
     on_gpu = base.device.type == "cuda"
-    prefix_lm = base.config if isinstance(base.config, ChatGLMConfig) else None
+    prefix_lm = prefix_lm_of(base.config)
     attention = packed_implementation(base, params.attn_implementation)
     obstacle = "packing: false" if not params.packing else why_not_packed(base, attention)
     by_example = _whole_lengths(examples, sequences)
