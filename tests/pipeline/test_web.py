@@ -1,6 +1,7 @@
 """The web page in a real browser: a project of trivial stages, a tiny model that answers, a real store and Prefect."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,15 @@ def is_told(page, text: str) -> None:
 
 def feedback(project: Project, name: str) -> list[dict]:
     path = project.root / "data" / "feedback" / name
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:  # not splitlines(), for which U+2028 in an answer ends a line too
+        return [json.loads(line) for line in lines]
+
+
+def as_shown(text: str) -> str:
+    """The text as a browser's text field gives it back: it has one kind of line break (HTML, textarea's API value)."""
+    return re.sub(r"\r\n?", "\n", text)
 
 
 @pytest.mark.slow
@@ -198,13 +207,16 @@ def test_chat_rank_and_promote(project: Project, browser) -> None:
         fill(page, "#rank-model", MODEL)
         page.locator("#rank-generate").click()
         playwright.expect(page.locator("#rank-3")).to_be_visible(timeout=SECONDS)
-        answers = [page.locator(f"#rank-{place} textarea").input_value() for place in range(4)]
+        boxes = [page.locator(f"#rank-{place} textarea") for place in range(4)]
+        wait_for(lambda: all(box.input_value() for box in boxes))
+        answers = [box.input_value() for box in boxes]
         page.locator("#rank-up-1").click()
         wait_for(lambda: page.locator("#rank-0 textarea").input_value() == answers[1])
         page.locator("#rank-keep").click()
         is_told(page, "data/feedback/rankings.jsonl")
         [ranking] = feedback(project, "rankings.jsonl")
-        assert ranking["completion"] == [answers[1], answers[0], *answers[2:]]
+        kept = [as_shown(answer) for answer in ranking["completion"]]
+        assert kept == [answers[1], answers[0], *answers[2:]]
 
         tab(page, "Models")
         sees(page, "#versions", "rlhf-policy")
