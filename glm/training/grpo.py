@@ -7,6 +7,7 @@ head.
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from glm.config import Grpo
@@ -56,7 +57,14 @@ def make(
         """Answers by our decoder; TRL would call `generate`."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
-            return actors.sample(prompt_ids, tokenizer, params).answers, None
+            return trl_policy.sampled(actors, tokenizer, prompt_ids, params), None
+
+        def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+            loss = super()._compute_loss(model, inputs)
+            if params.loss_type != "bnpo":
+                return loss
+            tokens = inputs["completion_mask"].sum().float()  # TRL divides by this process's, not by those of all
+            return loss * (tokens / self.accelerator.reduce(tokens, "mean"))
 
     args = GRPOConfig(
         **trl_policy.arguments(params, folder, seed),

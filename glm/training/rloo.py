@@ -55,7 +55,7 @@ def make(
         """Answers by our decoder; TRL would call `generate`."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
-            return actors.sample(prompt_ids, tokenizer, params).answers
+            return trl_policy.sampled(actors, tokenizer, prompt_ids, params)
 
     args = RLOOConfig(
         **trl_policy.arguments(params, folder, seed),

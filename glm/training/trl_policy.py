@@ -3,15 +3,20 @@
 TRL brings the loss and the loop; data, tokens, rollouts (our decoder), rewards, looks at held-out prompts and the
 numbers in the curves are ours. It trains the adapter "policy" on the one base, and compares with "ref", a copy of it as
 it was. A killed run goes on from the Trainer's own checkpoint.
+
+Of several processes each computes its share of a batch, and DDP takes the mean of the gradients. All have torch's
+generators in the same state, so that answers and their split into parts do not depend on how many there are.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather, pad_across_processes
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -21,19 +26,22 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm.config import Grouped, Rival
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
-from glm.training.checkpoint import Checkpoints
+from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.distributed import from_first, joined, own_part, rank, world_size
 from glm.training.policy_eval import Show, Watch
 from glm.training.policy_loop import batch_at
 from glm.training.trainer import Log, Progress
 
 POLICY = "policy.pt"  # in a checkpoint's folder: the adapter
-STATE = "policy_eval.pt"  # in a checkpoint's folder: the first look and the curves so far
+RNG = "rng_state.pt"  # there too: the generators, which are the same in all processes
+STATE = "policy_eval.pt"  # there too, written last: the first look and the curves so far
 ONLINE_NAMES = {  # what GRPO's and RLOO's trainers log, and its name in our curves
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -67,6 +75,8 @@ def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
         "save_total_limit": 2,
         "gradient_checkpointing": False,
         "disable_dropout": True,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
@@ -79,7 +89,7 @@ def online_arguments(params: Grouped) -> dict[str, Any]:
     """What GRPO and RLOO have in common: one batch of prompts with their answers is one optimizer step."""
     parts = params.gradient_accumulation_steps
     return {
-        "per_device_train_batch_size": params.batch_size * params.num_generations // parts,
+        "per_device_train_batch_size": params.batch_size * params.num_generations // (parts * world_size()),
         "gradient_accumulation_steps": parts,
         "steps_per_generation": parts,
         "num_generations": params.num_generations,
@@ -128,6 +138,7 @@ def prepare(actors: Actors, make_trainer: "Callable[[Path], PolicyCheckpoints]",
     del configs["default"]
     for name, parameter in actors.policy.items():
         actors.model.get_parameter(name.replace(".policy.", ".ref.")).copy_(parameter)
+    set_seed(trainer.args.seed)  # GRPO's and RLOO's trainers have given each process another one
     return trainer
 
 
@@ -142,23 +153,64 @@ class PolicyCheckpoints(Trainer):
         torch.save(self.actors.policy_state(), folder / POLICY)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.actors.load_policy_state(torch.load(Path(resume_from_checkpoint, POLICY), weights_only=True))
+        path = Path(resume_from_checkpoint, POLICY)
+        self.actors.load_policy_state(torch.load(path, map_location="cpu", weights_only=True))
+
+    # The Trainer would keep a file for each process, which another number of them could not go on from.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            torch.save(rng_state(), Path(output_dir, RNG))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_rng_state(torch.load(Path(checkpoint, RNG), map_location="cpu", weights_only=True))
 
 
 class OnTokens(PolicyCheckpoints):
-    """Takes prompts that are token ids as they are; TRL would apply the chat template and encode."""
+    """What GRPO's and RLOO's trainers do in our way: prompts are token ids, and processes share whole batches."""
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """They are tokens; TRL would apply the chat template and encode."""
         return prompts, None, {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The answers of all processes: TRL, which shuffles and splits them, does so as in one process."""
+        own = super()._generate_and_score_completions(inputs)
+        return {name: rows_of_all(name, value) for name, value in own.items()}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        """This process's share of the part that is next."""
+        part = super()._prepare_inputs(generation_batch)
+        return {name: own_part(value) if value.ndim else value for name, value in part.items()}
+
+
+def rows_of_all(name: str, value: Tensor) -> Tensor:
+    """A field of TRL's batches, [m] or [m, length], with the rows of all processes; what has no rows is left alone.
+
+    Prompts are padded on the left, answers on the right.
+    """
+    if value.ndim == 0 or world_size() == 1:
+        return value
+    if value.ndim == 2:
+        value = pad_across_processes(value, dim=1, pad_first=name.startswith("prompt_"))
+    return gather(value)
+
+
+def sampled(
+    actors: Actors, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], params: Grouped
+) -> list[list[int]]:
+    """The policy's answers to this process's prompts, drawn together with those of the others."""
+    return own_part(actors.sample(joined(prompts), tokenizer, params).answers)
 
 
 def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """The actors' reward of token-id prompts and answers, as TRL's trainers ask for it; the policy stays active."""
 
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        scores: Tensor = actors.score(batch_of(prompts, completion_ids, actors.model.device))
+        scores = actors.score(batch_of(joined(prompts), joined(completion_ids), actors.model.device))
         actors.use("policy")
-        return scores.tolist()
+        return own_part(scores).tolist()
 
     return reward
 
@@ -188,21 +240,27 @@ def run(
         FloatingPointError: the loss became NaN or infinite.
     """
     watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
-    folder = checkpoints.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    last = get_last_checkpoint(str(folder))
-    if last and not Path(last, STATE).exists():  # killed while it was being written
-        shutil.rmtree(last)
-        last = get_last_checkpoint(str(folder))
-
+    last = last_checkpoint(checkpoints.folder)
     if last:
         watch.restore(torch.load(Path(last, STATE), weights_only=True))
-    trainer = prepare(actors, make_trainer, folder)
+    trainer = prepare(actors, make_trainer, checkpoints.folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Numbers(watch, params, names, progress, log_speed))
     result = trainer.train(resume_from_checkpoint=last)
     actors.use("policy")
     return {"steps": result.global_step, **watch.result()}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in `folder`. The first process removes one that was being written when it ended."""
+    last = None
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        last = get_last_checkpoint(str(folder))
+        if last and not Path(last, STATE).exists():
+            shutil.rmtree(last)
+            last = get_last_checkpoint(str(folder))
+    return from_first(last)
 
 
 class _Numbers(TrainerCallback):
@@ -245,4 +303,9 @@ class _Numbers(TrainerCallback):
         self.watch.record(step, values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        torch.save(self.watch.state(), Path(args.output_dir, f"checkpoint-{state.global_step}", STATE))
+        if not args.should_save:
+            return
+        target = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE)
+        temporary = target.with_suffix(".part")
+        torch.save(self.watch.state(), temporary)
+        os.replace(temporary, target)

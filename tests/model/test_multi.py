@@ -24,7 +24,14 @@ from tests.model import ranks
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = ROOT / ".venv" / "deepspeed"
 HAS_DEEPSPEED = DEEPSPEED.exists() or importlib.util.find_spec("deepspeed") is not None
-KINDS = ("sft-lora-packed-ddp", "sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3", "reward-lora-ddp", "ppo")
+KINDS = (
+    "sft-lora-packed-ddp",
+    "sft-full-rows-fsdp",
+    "sft-full-selective-deepspeed_zero3",
+    "reward-lora-ddp",
+    "ppo",
+    "grpo-bnpo",
+)
 SLOW = (
     "sft-lora-padded-ddp",
     "sft-freeze-packed-ddp",
@@ -35,6 +42,11 @@ SLOW = (
     "raft",
     "dpo",
     "rrhf",
+    "kto",
+    "grpo-dapo",
+    "grpo-dr_grpo",
+    "grpo-grpo",
+    "rloo",
 )
 ROUNDING = ("rollout_gap", "eval_kl")  # differences of equal things, which rounding alone makes
 LAUNCH = """
@@ -142,12 +154,26 @@ def test_when_one_is_killed_the_others_end_and_one_process_goes_on(kind: str, bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", if_installed(("ppo", "sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3")))
+@pytest.mark.parametrize(
+    "kind",
+    if_installed(("ppo", "sft-full-rows-fsdp", "sft-full-selective-deepspeed_zero3", "kto", "grpo-dapo", "rloo")),
+)
 def test_two_processes_go_on_where_one_was(kind: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ranks.main(kind, tmp_path / "broken" / kind, stop_at=12)
     done = two_processes(tmp_path / "broken", kind)
     assert done.returncode == 0, done.stderr
+    ranks.main(kind, tmp_path / "one" / kind)
+    assert_same(tmp_path / "one" / kind, tmp_path / "broken" / kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "kto", "grpo-dapo", "rloo"])
+def test_one_process_goes_on_where_two_were(kind: str, tmp_path: Path) -> None:
+    broken = two_processes(tmp_path / "broken", kind, "12")
+    assert "process 1 of 2 was ended by SIGKILL" in broken.stderr
+    assert (tmp_path / "broken" / kind / "checkpoints").exists()
+    ranks.main(kind, tmp_path / "broken" / kind)
     ranks.main(kind, tmp_path / "one" / kind)
     assert_same(tmp_path / "one" / kind, tmp_path / "broken" / kind)
 
