@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather, pad_across_processes
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -30,31 +29,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from glm.config import Grouped, Rival
+from glm.config import Rival
 from glm.training.actors import Actors
-from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.distributed import from_first, joined, own_part, rank, world_size
+from glm.training.distributed import from_first, rank
 from glm.training.policy_eval import Show, Watch
-from glm.training.policy_loop import batch_at
 from glm.training.trainer import Log, Progress
 
 POLICY = "policy.pt"  # in a checkpoint's folder: the adapter
 RNG = "rng_state.pt"  # there too: the generators, which are the same in all processes
 STATE = "policy_eval.pt"  # there too, written last: the first look and the curves so far
-ONLINE_NAMES = {  # what GRPO's and RLOO's trainers log, and its name in our curves
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "kl": "kl_per_token",
-    "entropy": "entropy",
-    "clip_ratio/region_mean": "clip_fraction",
-    "completions/mean_length": "response_length",
-    "completions/clipped_ratio": "truncated",
-    "frac_reward_zero_std": "zero_spread",
-}
 
 
 def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
@@ -82,42 +66,6 @@ def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
-    }
-
-
-def online_arguments(params: Grouped) -> dict[str, Any]:
-    """What GRPO and RLOO have in common: one batch of prompts with their answers is one optimizer step."""
-    parts = params.gradient_accumulation_steps
-    return {
-        "per_device_train_batch_size": params.batch_size * params.num_generations // (parts * world_size()),
-        "gradient_accumulation_steps": parts,
-        "steps_per_generation": parts,
-        "num_generations": params.num_generations,
-        "num_iterations": params.num_iterations,
-        "beta": params.beta,
-        "epsilon": params.epsilon,
-        "max_completion_length": params.max_new_tokens,
-        "temperature": params.temperature,
-        "shuffle_dataset": False,  # see online_inputs
-    }
-
-
-def online_inputs(
-    actors: Actors, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], params: Grouped, seed: int
-) -> dict[str, Any]:
-    """Model, rewards and data of GRPO's and RLOO's trainers.
-
-    The prompts of all steps come one after the other: TRL's own order is not found again after a break.
-    """
-    from datasets import Dataset
-
-    batches = range(1, -(-params.max_steps // params.num_iterations) + 1)
-    order = [index for batch in batches for index in batch_at(batch, len(prompts), params.batch_size, seed)]
-    return {
-        "model": actors.model,
-        "reward_funcs": reward_function(actors, tokenizer),
-        "train_dataset": Dataset.from_dict({"prompt": [prompts[index] for index in order]}),
-        "processing_class": tokenizer,
     }
 
 
@@ -165,54 +113,6 @@ class PolicyCheckpoints(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             set_rng_state(torch.load(Path(checkpoint, RNG), map_location="cpu", weights_only=True))
-
-
-class OnTokens(PolicyCheckpoints):
-    """What GRPO's and RLOO's trainers do in our way: prompts are token ids, and processes share whole batches."""
-
-    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """They are tokens; TRL would apply the chat template and encode."""
-        return prompts, None, {}
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The answers of all processes: TRL, which shuffles and splits them, does so as in one process."""
-        own = super()._generate_and_score_completions(inputs)
-        return {name: rows_of_all(name, value) for name, value in own.items()}
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """This process's share of the part that is next."""
-        part = super()._prepare_inputs(generation_batch)
-        return {name: own_part(value) if value.ndim else value for name, value in part.items()}
-
-
-def rows_of_all(name: str, value: Tensor) -> Tensor:
-    """A field of TRL's batches, [m] or [m, length], with the rows of all processes; what has no rows is left alone.
-
-    Prompts are padded on the left, answers on the right.
-    """
-    if value.ndim == 0 or world_size() == 1:
-        return value
-    if value.ndim == 2:
-        value = pad_across_processes(value, dim=1, pad_first=name.startswith("prompt_"))
-    return gather(value)
-
-
-def sampled(
-    actors: Actors, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], params: Grouped
-) -> list[list[int]]:
-    """The policy's answers to this process's prompts, drawn together with those of the others."""
-    return own_part(actors.sample(joined(prompts), tokenizer, params).answers)
-
-
-def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
-    """The actors' reward of token-id prompts and answers, as TRL's trainers ask for it; the policy stays active."""
-
-    def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        scores = actors.score(batch_of(joined(prompts), joined(completion_ids), actors.model.device))
-        actors.use("policy")
-        return own_part(scores).tolist()
-
-    return reward
 
 
 def run(
