@@ -60,7 +60,6 @@ def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "disable_dropout": True,
         "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",

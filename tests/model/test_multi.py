@@ -20,6 +20,7 @@ from glm.training.distributed import deal
 from glm.training.packing import Packing, token_count
 from glm.training.rank_trainer import shares
 from tests.model import ranks
+from tests.model.test_ppo import make_actors
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = ROOT / ".venv" / "deepspeed"
@@ -170,6 +171,7 @@ def test_two_processes_go_on_where_one_was(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ppo", "kto", "grpo-dapo", "rloo"])
 def test_one_process_goes_on_where_two_were(kind: str, tmp_path: Path) -> None:
+    make_actors(tmp_path / "broken" / "actors")
     broken = two_processes(tmp_path / "broken", kind, "12")
     assert "process 1 of 2 was ended by SIGKILL" in broken.stderr
     assert (tmp_path / "broken" / kind / "checkpoints").exists()
