@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather, pad_across_processes
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from glm.config import Grouped
@@ -110,10 +111,40 @@ class OnTokens(PolicyCheckpoints):
         own = super()._generate_and_score_completions(inputs)
         return {name: rows_of_all(name, value) for name, value in own.items()}
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, on rows that are padded as far as those of all processes: as the loss will be computed.
+
+        A token's place in its row shows in the last digits of its log-probability, and where old and new ones are of
+        the same weights, nothing may differ.
+        """
+        width = input_ids.shape[1] - logits_to_keep
+        (prompts, answers), masks = (
+            [as_wide_as_all(rows[:, :width], left=True), as_wide_as_all(rows[:, width:])]
+            for rows in (input_ids, attention_mask)
+        )
+        ids, mask = torch.cat([prompts, answers], dim=1), torch.cat(masks, dim=1)
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, ids, mask, answers.shape[1], *args, **kwargs
+        )
+        return logps[:, :logits_to_keep], None if entropies is None else entropies[:, :logits_to_keep], aux_loss
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         """This process's share of the part that is next."""
         part = super()._prepare_inputs(generation_batch)
         return {name: own_part(value) if value.ndim else value for name, value in part.items()}
+
+
+def as_wide_as_all(rows: Tensor, *, left: bool = False) -> Tensor:
+    """Rows [m, length] padded by zeros to the longest of all processes."""
+    return pad_across_processes(rows, dim=1, pad_first=left) if world_size() > 1 else rows
 
 
 def rows_of_all(name: str, value: Tensor) -> Tensor:
@@ -121,11 +152,9 @@ def rows_of_all(name: str, value: Tensor) -> Tensor:
 
     Prompts are padded on the left, answers on the right.
     """
-    if value.ndim == 0 or world_size() == 1:
+    if value.ndim == 0:
         return value
-    if value.ndim == 2:
-        value = pad_across_processes(value, dim=1, pad_first=name.startswith("prompt_"))
-    return gather(value)
+    return gather(as_wide_as_all(value, left=name.startswith("prompt_")) if value.ndim == 2 else value)
 
 
 def sampled(

@@ -161,7 +161,7 @@ def improved(kind: str, folder: Path, options: dict[str, Any]) -> dict[str, floa
         grpo_params = Grpo(**every, **parts, loss_type=loss_type, num_iterations=again)
         numbers = grpo.train(*common, prompts(40), prompts(9), grpo_params, **options)
     elif kind == "rloo":
-        rloo_params = Rloo(**every, num_generations=3, num_iterations=5, normalize_advantages=True)
+        rloo_params = Rloo(**every, num_generations=3, num_iterations=5)
         numbers = rloo.train(*common, prompts(40), prompts(9), rloo_params, **options)
     else:
         numbers = rrhf.train(*common, ranked(), prompts(9), Rrhf(**every, tokens_per_forward=64), **options)
