@@ -15,7 +15,7 @@ from glm.data.raw_rows import read_rows
 from glm.data.registry import read_registry
 from glm.errors import InputError
 from glm.serving.engine import Engine
-from tests.code.running_server import KEY, Running, slow_down, wait_for
+from tests.code.running_server import KEY, Running, wait_for, without_end
 
 QUESTION = [{"role": "user", "content": "写一条酒店评论，以“房间”开头。"}]
 
@@ -163,9 +163,7 @@ def test_the_key_is_needed_everywhere_but_for_the_health_check(server: Running) 
 
 
 def test_who_goes_away_frees_the_place_and_a_full_queue_is_said(tmp_path: Path) -> None:
-    with Running("chatglm2", tmp_path, max_batch=1, max_waiting=0) as small:
-        script(small.engine, [5] * 4000)  # never ends by itself
-        slow_down(small.engine)
+    with Running("chatglm2", tmp_path, max_batch=1, max_waiting=0) as small, without_end(small.engine):
         endless = {"model": "tiny", "messages": QUESTION}
         with small.http.stream("POST", "/v1/chat/completions", json=endless | {"stream": True}) as response:
             lines = response.iter_lines()  # to be kept: httpx hangs up when it is collected
