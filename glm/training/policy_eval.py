@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
 from glm.errors import InputError
-from glm.training.actors import Actors, Sampling
+from glm.training.actors import Actors
 from glm.training.batch import batch_of
+from glm.training.sampling import Sampling
 from glm.training.trainer import Log
 
 

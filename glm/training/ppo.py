@@ -85,9 +85,10 @@ def train(
     if len(prompts) < params.batch_size:
         raise InputError(f"ppo.batch_size {params.batch_size} is more than the {len(prompts)} training prompts")
     watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
-    if actors.decoder is not None and actors.decoder.on_gpu:
+    decoder = actors.sampler.decoder
+    if decoder is not None and decoder.on_gpu:
         longest = max(map(len, [*prompts, *dev_prompts]))
-        actors.decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)
+        decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)
     optimizer = torch.optim.AdamW(actors.trained, lr=params.learning_rate, weight_decay=0.0)
     order = _endless(len(prompts), params.batch_size, seed)
     kl_coef, scale, first_step = params.kl_coef, ScoreScale(), 1

@@ -22,11 +22,12 @@ from glm.generation.decode_step import supports
 from glm.models import load_model, load_tokenizer
 from glm.models.adapters import add_lora, save_lora, save_score
 from glm.training import ppo
-from glm.training.actors import Actors, token_logprobs
+from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
 from glm.training.policy_eval import Judged
 from glm.training.ppo_terms import ScoreScale
+from glm.training.token_logprobs import token_logprobs
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -178,7 +179,7 @@ def test_a_model_without_decoder_goes_through_generate(tmp_path) -> None:
     base = load_model(GOLDEN / "chatglm1-tiny", dtype=torch.float32)
     assert not supports(base)
     actors = make_actors(tmp_path, base)
-    assert actors.decoder is None
+    assert actors.sampler.decoder is None
     asked = [[*prompt, base.config.gmask_token_id, base.config.bos_token_id] for prompt in prompts(8)]
     samples = actors.sample(asked, TOKENIZER, PARAMS)
     assert samples.logprobs.shape == (8, max(map(len, samples.answers))) and (samples.logprobs <= 0).all()
@@ -195,7 +196,7 @@ def test_parts_of_a_minibatch_change_nothing(tmp_path) -> None:
 
 
 def test_log_probabilities_in_parts_are_those_of_a_log_softmax(monkeypatch) -> None:
-    monkeypatch.setattr("glm.training.actors.LOGITS_AT_ONCE", 61 * 4)
+    monkeypatch.setattr("glm.training.token_logprobs.LOGITS_AT_ONCE", 61 * 4)
     torch.manual_seed(0)
     head, tokens = nn.Linear(8, 61, bias=False), torch.randint(0, 61, (10,))
     one, other = (torch.randn(10, 8, generator=torch.Generator().manual_seed(3), requires_grad=True) for _ in range(2))
