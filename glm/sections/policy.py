@@ -171,8 +171,8 @@ class RewardModel(Section):
     )
     revision: str | None = Field(None, description="hub commit of a classifier")
     batch_size: int = Field(32, ge=1, description="answers of one call, forward pass or request")
-    timeout: float = Field(30.0, gt=0, description="seconds that a request may take")
-    max_retries: int = Field(3, ge=0, description="of a request that failed, after 1, 2, 4, … seconds")
+    timeout: float = Field(30.0, gt=0, le=3600, description="seconds that a request may take")
+    max_retries: int = Field(3, ge=0, le=10, description="of a request that failed, after 1, 2, 4, … seconds")
 
     @model_validator(mode="after")
     def path_for_the_others(self) -> Self:

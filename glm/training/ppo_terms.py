@@ -114,7 +114,11 @@ class ScoreScale:
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over tokens: 1 is a perfect value function, 0 a constant one."""
+    """1 - Var(returns - values) / Var(returns) over tokens: 1 is a perfect value function, 0 a constant one.
+
+    0 too where all returns are equal, so that there is nothing to explain.
+    """
     chosen = mask.bool()
-    spread = returns[chosen].var()
-    return (1 - (returns - values)[chosen].var() / (spread + 1e-8)).item()
+    spread = returns[chosen].var(correction=0)
+    left = (returns - values)[chosen].var(correction=0)
+    return (1 - left / spread).item() if spread > 1e-12 else 0.0
