@@ -40,8 +40,7 @@ def train(
         actors.pad_rows()
     share_prompt = params.share_prompt
     size = ranking_size(actors, share_prompt=share_prompt)
-    steps = range(1, params.max_steps + 1)
-    needed = sorted({index for step in steps for index in batch_at(step, len(rankings), params.batch_size, seed)})
+    needed = indices_needed(len(rankings), params, seed)
     used = [rankings[index] for index in needed]
     references = reference_logprobs(actors, used, params.tokens_per_forward, share_prompt=share_prompt)
     known = {
@@ -72,6 +71,18 @@ def train(
         return summed_numbers(sums, actors.model.device)
 
     return run(actors, tokenizer, dev_prompts, params, len(rankings), gradients, seed=seed, **options)
+
+
+def indices_needed(rows: int, params: Dpo, seed: int) -> list[int]:
+    """Which of the rows the training sees: a part of them where it ends within the first epoch.
+
+    Raises:
+        InputError: fewer rows than one batch.
+    """
+    if params.max_steps * params.batch_size >= rows >= params.batch_size:
+        return list(range(rows))
+    steps = range(1, params.max_steps + 1)
+    return sorted(index for step in steps for index in batch_at(step, rows, params.batch_size, seed))
 
 
 def dpo_loss(margins: Tensor, params: Dpo) -> Tensor:

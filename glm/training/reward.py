@@ -112,7 +112,7 @@ def train(
 
     What is trained starts as a copy of the folder `start`, or fresh in the given `shape` where that is None; the head
     starts at zero, so that the first scores are all 0 and the first loss is log 2. Returns the model and `accuracy`,
-    `margin`, `eval_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`. With
+    `margin`, `pairwise_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`. With
     `checkpoints` a killed run goes on, see `StepTrainer`.
 
     Raises:
@@ -184,12 +184,15 @@ def evaluate(
 
 
 def ranking_metrics(scores: Tensor, sizes: list[int]) -> dict[str, float]:
-    """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
+    """What held-out rankings say of a reward model, whatever it was trained by.
+
+    `accuracy`: share of answer pairs in the right order; `margin`: mean score difference; `pairwise_loss`: see there.
+    """
     margins = torch.cat([_margins(ranking) for ranking in scores.split(sizes)])
     return {
         "accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "eval_loss": pairwise_loss(scores, sizes).item(),
+        "pairwise_loss": pairwise_loss(scores, sizes).item(),
     }
 
 
