@@ -69,7 +69,7 @@ def make_base() -> GlmForCausalLM:
 
 
 def make_actors(folder: Path, base=None, rollout=None) -> Actors:
-    """Actors of adapters that are written into `folder`, unless they are there."""
+    """Actors of adapters that are written into `folder`, unless they are there: several processes may read them."""
     base = base or make_base()
     for number, name in enumerate(("sft", "reward")):
         if (folder / name).exists():
@@ -82,10 +82,11 @@ def make_actors(folder: Path, base=None, rollout=None) -> Actors:
                 nn.init.normal_(parameter, std=0.02)
         save_lora(adapted, folder / name, "tiny")
         base = adapted.unload()
-    head = nn.Linear(base.config.hidden_size, 1, bias=False)
-    nn.init.zeros_(head.weight)
-    head.weight.data[0, 0] = 1.0  # where the halves differ
-    save_score(folder / "reward", head)
+        if name == "reward":
+            head = nn.Linear(base.config.hidden_size, 1, bias=False)
+            nn.init.zeros_(head.weight)
+            head.weight.data[0, 0] = 1.0  # where the halves differ
+            save_score(folder / "reward", head)
     return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward", rollout=rollout)
 
 
