@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +135,7 @@ def answer(
     from glm.evaluation.text_metrics import score as text_score
     from glm.generation.decode import decode, generate
     from glm.models import load_model, load_tokenizer
+    from glm.training.policy_eval import repetition
 
     options = params.evaluate
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +167,7 @@ def answer(
     torch.manual_seed(params.seed)
     openings = [prompt_ids(tokenizer, row["prompt"], contender.data)[0] for row in prompts]
     drawn = generate(model, tokenizer, openings, **limits, do_sample=True, temperature=options.temperature)
-    found += [{"answer": decode(tokenizer, ids), "repetition": repetition(ids)} for ids in drawn]
+    found += [{"answer": decode(tokenizer, ids), "repetition": repetition([ids])} for ids in drawn]
 
     seconds = []
     for question in [questions[0], *questions[:TIMED_ANSWERS]]:
@@ -186,12 +186,6 @@ def nats_per_character(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     learned = sum(label != IGNORED for label in example["labels"])
     text = row["messages"][-1]["content"]
     return mean_loss(model, tokenizer, [example], batch_size=1) * learned / max(1, len(text))
-
-
-def repetition(answer_ids: list[int]) -> float:
-    """Share of the answer's token pairs that it had before."""
-    pairs = list(pairwise(answer_ids))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def score(rows: list[dict[str, Any]], prompts: list[Row], names: list[str], params: Params) -> None:

@@ -25,7 +25,7 @@ from glm.training import ppo
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.policy_eval import Judged, summary
+from glm.training.policy_eval import Judged, with_distribution
 from glm.training.ppo_terms import ScoreScale
 from glm.training.token_logprobs import token_logprobs
 
@@ -243,7 +243,7 @@ def test_too_few_prompts_are_refused(tmp_path) -> None:
 
 def test_a_single_dev_prompt_has_a_spread() -> None:
     judged = Judged([[5, 6, 5, 6, 5]], torch.tensor([2.0]), torch.tensor([0.5]))
-    found = summary(judged, TOKENIZER.eos_token_id)
+    found = with_distribution(judged, TOKENIZER.eos_token_id)
     assert found == {
         "reward": 2.0,
         "reward_std": 0.0,
