@@ -2,8 +2,8 @@
 
 Its arguments: the parent's process id, the time limit in seconds (0: none), the command.
 
-Where this program and its parent are killed at once, nobody is left to stop the command: so the kernel tells that too,
-and a step below it, whose parent the kernel may not tell (a shell), looks by itself (`follow_guard` in tasks/launch.py).
+Where this program and its parent are killed at once, nobody is left to stop the command. So the kernel tells that too,
+and a step below it, which may have a shell between, looks by itself (`follow_guard` in tasks/launch.py).
 """
 
 import ctypes
