@@ -87,12 +87,17 @@ def gate_version(root: Path, version: str, run_id: str | None) -> State[Any]:
     waits = verdict.decision.passed and params.promote.approval
     word = AWAITING if waits else PASSED if verdict.decision.passed else REFUSED
     record_decision(client, root, params, verdict, word, run_id)
-    if not verdict.decision.passed:
-        return refused(name, verdict)
+    state: State[Any]
     if waits:
         message = f'glmflow promote {version} --reason "…" moves the alias'
-        return Completed(name="Awaiting approval", message=f"{name} version {version} passed the gate; {message}")
-    return promoted(params, version, champion, "passed the gate", by="gate")
+        state = Completed(name="Awaiting approval", message=f"{name} version {version} passed the gate; {message}")
+    elif verdict.decision.passed:
+        state = promoted(params, version, champion, "passed the gate", by="gate")
+    else:
+        state = refused(name, verdict)
+    if run_id:  # last: what was not carried out is no decision, and the next retraining makes it again
+        client.set_tag(run_id, "glmflow.gate", word)
+    return state
 
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)
@@ -175,7 +180,6 @@ def record_decision(
     for key, value in tags.items():
         client.set_model_version_tag(name, version, f"gate.{key}", value)
     if run_id:
-        client.set_tag(run_id, "glmflow.gate", word)
         client.log_text(run_id, as_markdown(name, verdict, word), "promotion/decision.md")
         client.log_dict(run_id, tags | {"checks": verdict.decision.as_rows()}, "promotion/decision.json")
         client.log_artifacts(run_id, str(root / "reports" / "judge"), "promotion/judge")
@@ -231,6 +235,9 @@ def promoted(params: Params, version: str, champion: str | None, reason: str, by
 
     name = params.promote.model_name
     now = alias_version(open_store(params.tracking.experiment)[0], name, CHAMPION)
+    if now == version:  # by hand, or by another run at the same time
+        _tag(params, version, {"gate.decision": PASSED})
+        return Completed(name="Unchanged", message=f"{name} version {version} is the champion already")
     if now != champion:
         why = f"the champion is version {now or 'none'} now, the comparison was with {champion or 'none'}"
         _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": why})

@@ -92,8 +92,13 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
 
 
 def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
-    """A registered model, and the parameters by which its own run split the data."""
+    """A registered model, and the parameters by which its own run split the data: this run's, if that one is gone.
+
+    Raises:
+        InputError: its files are not in the store any more, or this project has not logged it.
+    """
     from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
 
     from tasks.logged_models import logged_folders
     from tasks.registered import find_version
@@ -102,10 +107,22 @@ def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
     client, _ = open_store(params.tracking.experiment)
     data = params.data
     version = find_version(client, uri)
-    (base, *adapters), config = logged_folders(download_artifacts(uri))
+    other = "`glmflow rollback` or `glmflow promote` makes another version the champion"
+    try:
+        folders, config = logged_folders(download_artifacts(uri))
+    except Exception as error:  # whatever a store, a driver or a network may raise
+        raise InputError(f"{uri}: the champion's files cannot be had from the store ({error}): {other}") from None
+    if not folders or "data" not in config:
+        raise InputError(f"{uri}: the champion was not logged by this project, so it cannot be asked alike: {other}")
+    base, *adapters = folders
     own = data.model_copy(update=config["data"])
     run_id = version.tags.get("glmflow.run.pipeline")
-    known = client.get_run(run_id).data.params if run_id else {}
+    try:
+        known = client.get_run(run_id).data.params if run_id else {}
+    except MlflowException:
+        known = {}
+    if not known:
+        print(f"{uri}: its run is gone from the store, so its rows count as split like this run's", file=sys.stderr)
     splits = {name: float(known[f"data.{name}"]) for name in ("dev_ratio", "test_ratio") if f"data.{name}" in known}
     contender = Contender(
         "champion",
