@@ -242,8 +242,8 @@ def promoted(params: Params, version: str, champion: str | None, reason: str, by
         why = f"the champion is version {now or 'none'} now, the comparison was with {champion or 'none'}"
         _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": why})
         return Completed(name="Refused", message=f"{name} version {version}: {why}; retrain --force compares again")
-    _tag(params, version, {"gate.decision": PASSED})
     promote(version, reason, params, by)
+    _tag(params, version, {"gate.decision": PASSED})  # until then, it waits
     message = f"{name} version {version} is the champion (before: {champion or 'none'})"
     return Completed(name="Promoted", message=message)
 
