@@ -72,7 +72,8 @@ def is_up(url: str) -> bool:
     """Does a Prefect API answer at `url`?"""
     try:
         # without the certificates, which take longer to load than a server of this machine to answer
-        return httpx.get(f"{url}/health", timeout=5, verify=not url.startswith("http:")).status_code == httpx.codes.OK
+        answer = httpx.get(f"{url}/health", timeout=5, verify=not url.startswith("http:"))
+        return answer.status_code == httpx.codes.OK and answer.text == "true"  # not some other program's page
     except httpx.HTTPError:
         return False
 
