@@ -95,8 +95,7 @@ def gate_version(root: Path, version: str, run_id: str | None) -> State[Any]:
         state = promoted(params, version, champion, "passed the gate", by="gate")
     else:
         state = refused(name, verdict)
-    if run_id:  # last: what was not carried out is no decision, and the next retraining makes it again
-        client.set_tag(run_id, "glmflow.gate", word)
+    tell_run(params, version)  # last: what was not carried out is no decision, and the next retraining makes it again
     return state
 
 
@@ -176,6 +175,7 @@ def record_decision(
         "checks": json.dumps(verdict.decision.as_rows(), ensure_ascii=False),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "flow_run": str(flow_run.id),
+        "run": run_id or "",
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version, f"gate.{key}", value)
@@ -222,9 +222,12 @@ def ask(params: Params, version: str, champion: str | None) -> State[Any]:
     )
     who = answer.by or "a person"
     if answer.approved:
-        return promoted(params, version, champion, f"passed the gate, approved: {answer.reason or 'yes'}", by=who)
-    _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": f"{who}: {answer.reason or 'no'}"})
-    return Completed(name="Refused", message=f"{name} version {version}: {who} said no: {answer.reason}")
+        state = promoted(params, version, champion, f"passed the gate, approved: {answer.reason or 'yes'}", by=who)
+    else:
+        decided(params, version, REFUSED, f"{who}: {answer.reason or 'no'}")
+        state = Completed(name="Refused", message=f"{name} version {version}: {who} said no: {answer.reason}")
+    tell_run(params, version)
+    return state
 
 
 def promoted(params: Params, version: str, champion: str | None, reason: str, by: str) -> State[Any]:
@@ -236,14 +239,14 @@ def promoted(params: Params, version: str, champion: str | None, reason: str, by
     name = params.promote.model_name
     now = alias_version(open_store(params.tracking.experiment)[0], name, CHAMPION)
     if now == version:  # by hand, or by another run at the same time
-        _tag(params, version, {"gate.decision": PASSED})
+        decided(params, version, PASSED)
         return Completed(name="Unchanged", message=f"{name} version {version} is the champion already")
     if now != champion:
         why = f"the champion is version {now or 'none'} now, the comparison was with {champion or 'none'}"
-        _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": why})
+        decided(params, version, REFUSED, why)
         return Completed(name="Refused", message=f"{name} version {version}: {why}; retrain --force compares again")
     promote(version, reason, params, by)
-    _tag(params, version, {"gate.decision": PASSED})  # until then, it waits
+    decided(params, version, PASSED)  # until then, it waits
     message = f"{name} version {version} is the champion (before: {champion or 'none'})"
     return Completed(name="Promoted", message=message)
 
@@ -259,9 +262,20 @@ def can_be_suspended() -> bool:
     return deployment.id is not None
 
 
-def _tag(params: Params, version: str, tags: dict[str, str]) -> None:
+def decided(params: Params, version: str, word: str, refused_by: str = "") -> None:
+    """Keep with the version what became of it."""
     from tasks.tracking import open_store
 
     client, _ = open_store(params.tracking.experiment)
-    for key, value in tags.items():
-        client.set_model_version_tag(params.promote.model_name, version, key, value)
+    for key, value in {"decision": word, "refused_by": refused_by}.items():
+        client.set_model_version_tag(params.promote.model_name, version, f"gate.{key}", value)
+
+
+def tell_run(params: Params, version: str) -> None:
+    """Keep with the run that a version was judged in what became of it: the next retraining tells it."""
+    from tasks.tracking import open_store
+
+    client, _ = open_store(params.tracking.experiment)
+    tags = client.get_model_version(params.promote.model_name, version).tags
+    if tags.get("gate.run"):
+        client.set_tag(tags["gate.run"], "glmflow.gate", tags["gate.decision"])

@@ -26,7 +26,7 @@ from prefect.states import Completed
 from flows import ROOT
 from flows.incoming import bring_in
 from flows.notify import notify, notify_waiting
-from flows.promotion import ask, can_be_suspended, gate_version, safety_words, waiting_for_approval
+from flows.promotion import AWAITING, ask, can_be_suspended, gate_version, safety_words, waiting_for_approval
 from flows.publish import check_hub
 from flows.rlhf_pipeline import run_stages
 from flows.terminal import exit_status, in_terminal
@@ -105,8 +105,10 @@ def already_retrained(params: Params, inputs: str) -> str:
     run = last_retraining(params)
     if run and run.data.tags.get("glmflow.inputs") == inputs:
         word = run.data.tags["glmflow.gate"]
-        last = f"the last retraining, {run.info.run_name} ({word})"
-        return f"data, code and parameters are those of {last}; with other bounds, --force asks the gate again"
+        last = f"data, code and parameters are those of the last retraining, {run.info.run_name} ({word})"
+        if word == AWAITING:
+            return f'{last}; glmflow promote --run {run.info.run_id} --reason "…" makes it the champion'
+        return f"{last}; with other bounds, --force asks the gate again"
     return ""
 
 

@@ -383,6 +383,9 @@ def test_a_decision_that_was_not_carried_out_is_none(
     assert last_retraining(Params()) is None
     assert promotion.gate_version(tmp_path, "1", run_id).name == "Promoted"
     assert last_retraining(Params()).data.tags["glmflow.gate"] == "passed"
+    promotion.decided(Params(), "1", "refused", "Li: rude")  # a person's later word
+    promotion.tell_run(Params(), "1")
+    assert last_retraining(Params()).data.tags["glmflow.gate"] == "refused"
 
 
 def test_the_champion_is_not_refused_for_being_it(versions: MlflowClient) -> None:
