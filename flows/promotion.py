@@ -83,7 +83,7 @@ def gate_version(root: Path, version: str, run_id: str | None) -> State[Any]:
     with board.shown(), board.running("judge") as line:
         judge(str(root), f"models:/{name}/{champion}" if champion else None)
         line.state = "ran"
-    verdict = Verdict(version, champion, gate(str(root), version))
+    verdict = Verdict(version, champion, gate(str(root), version, champion))
     waits = verdict.decision.passed and params.promote.approval
     word = AWAITING if waits else PASSED if verdict.decision.passed else REFUSED
     record_decision(client, root, params, verdict, word, run_id)
@@ -118,11 +118,11 @@ def judge(root: str, champion: str | None) -> None:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
-def gate(root: str, version: str) -> Decision:
+def gate(root: str, version: str, champion: str | None) -> Decision:
     """Hold what was measured in `root` against the bounds of its params.yaml, and show the checks as a table."""
     with chdir(root):
         params = load_params("params.yaml")
-        decision = decide(read_evidence(params, version), params.promote, safety_words(params), params.seed)
+        decision = decide(read_evidence(params, version, champion), params.promote, safety_words(params), params.seed)
     word = PASSED if decision.passed else REFUSED
     create_table_artifact(
         decision.as_rows(), key="gate", description=f"{params.promote.model_name} version {version}: {word}"
@@ -130,12 +130,12 @@ def gate(root: str, version: str) -> Decision:
     return decision
 
 
-def read_evidence(params: Params, version: str) -> Evidence:
-    """What the current folder and the version's record say of it."""
+def read_evidence(params: Params, version: str, champion: str | None) -> Evidence:
+    """What the current folder and the version's record say of it, and the folder of the champion."""
     from tasks.record import read_record
     from tasks.tracking import open_store
 
-    challenger, champion, answers = read_rows(Path("reports/judge"))
+    challenger, beside, answers = read_rows(Path("reports/judge"))
     measured = read_json(Path("metrics/evaluate.json"))
     # of base, SFT and the policy, whose name is its algorithm's, only the last has moved away from SFT for a reward
     kl = [value for key, value in measured.items() if key.endswith(".kl") and key not in ("base.kl", "sft.kl")]
@@ -147,7 +147,7 @@ def read_evidence(params: Params, version: str) -> Evidence:
         record = {}
     return Evidence(
         challenger,
-        champion,
+        beside if champion else None,
         answers,
         reward_accuracy=measured.get("reward.accuracy"),
         kl=kl[0] if kl else None,

@@ -52,7 +52,7 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
     Returns the summary: per model the means and the latency, and how many rows there were.
 
     Raises:
-        InputError: no test row is left that the champion has not been trained on.
+        InputError: there is no test row, or none that the champion has not been trained on.
     """
     contenders = [Contender("challenger", Path("models/export"), params.data)]
     asked, prompts = read_split(ROWS, "sft", "test"), read_split(ROWS, "ppo", "test")
@@ -63,8 +63,9 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
         left_out = len(asked) + len(prompts)
         asked, prompts = ([row for row in rows if is_test(row, splits)] for rows in (asked, prompts))
         left_out -= len(asked) + len(prompts)
-        if not asked or not prompts:
-            raise InputError(f"{champion}: it may have been trained on every test row of this run (data.test_ratio)")
+    if not asked or not prompts:
+        why = f"{champion}: it may have been trained on every test row of this run" if champion else "no test row"
+        raise InputError(f"{why} (data.test_ratio)")
     asked = spread(asked, params.evaluate.max_samples)
     prompts = prompts[: params.evaluate.max_samples]
 

@@ -370,7 +370,7 @@ def test_a_decision_that_was_not_carried_out_is_none(
     (tmp_path / "reports" / "judge").mkdir(parents=True)
     monkeypatch.setattr(promotion, "ROOT", tmp_path)
     monkeypatch.setattr(promotion, "judge", lambda root, champion: None)
-    monkeypatch.setattr(promotion, "gate", lambda root, version: Decision([]))
+    monkeypatch.setattr(promotion, "gate", lambda root, version, champion: Decision([]))
     run_id = versions.get_model_version(NAME, "1").tags["glmflow.run.pipeline"]
     versions.set_terminated(run_id)
 
