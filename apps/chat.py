@@ -37,18 +37,23 @@ class Chat:
     top_p: float
     seed: int | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    saved: set[Path] = field(default_factory=set)  # files that may be written again
     request: "Request | None" = None  # the last one
 
     def answer(self) -> Generator[str, None, None]:
         """Pieces of the answer to the dialogue, which gets it in the end. Closing the iterator stops the answer.
 
         Raises:
-            InputError: the prompt cannot be encoded.
+            InputError: the prompt cannot be encoded; the question is taken out of the dialogue, which can go on.
             RuntimeError: the model failed.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.request = self.ask(events.put)
-        self.engine.submit(self.request)
+        try:
+            self.request = self.ask(events.put)
+            self.engine.submit(self.request)
+        except BaseException:
+            self.messages.pop()
+            raise
         text = ""
         try:
             while True:
@@ -117,8 +122,11 @@ def _pipe(chat: Chat) -> None:
     """A question a line, answered by a line (line breaks in it become blanks); the lines are one dialogue.
 
     What commands say goes to standard error.
+
+    Raises:
+        InputError: a question that cannot be encoded; no answers follow.
     """
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin, start=1):
         question = WORDS.get(line.strip(), line.strip())
         if question.startswith("/"):
             outcome = command(chat, question)
@@ -131,7 +139,11 @@ def _pipe(chat: Chat) -> None:
             continue
         else:
             chat.messages.append({"role": "user", "content": question})
-        print(" ".join(printable("".join(chat.answer())).split("\n")), flush=True)
+        try:
+            answer = "".join(chat.answer())
+        except InputError as error:
+            raise InputError(f"line {number}: {error}") from None
+        print(" ".join(printable(answer).split("\n")), flush=True)
 
 
 def _terminal(chat: Chat, model: "Resolved") -> None:
@@ -213,6 +225,9 @@ def save(chat: Chat, name: str) -> str:
     """Keep the dialogue in a file: `.json` as a row that training takes, else as text."""
     if not name:
         return "/save FILE"
+    path = Path(name).expanduser()
+    if path.is_file() and path not in chat.saved:
+        return f"{name}: is there already; choose another name."
     system: list[dict[str, Any]] = []
     if chat.data.source_prefix:
         system = [{"role": "system", "content": chat.data.source_prefix}]
@@ -222,7 +237,8 @@ def save(chat: Chat, name: str) -> str:
     else:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
     try:
-        write_text(Path(name).expanduser(), text)
+        write_text(path, text)
     except OSError as error:
         return f"{name}: {error.strerror}"
+    chat.saved.add(path)
     return f"Kept in {name}."

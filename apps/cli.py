@@ -6,18 +6,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from apps.passed_on import PassedOn, parser_of
 from glm.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="The RLHF pipeline's own commands.")
-
+ALL_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and clear the cache of tokenised ones.")
 app.add_typer(data_app, name="data")
 
 
-@data_app.command(
-    "check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
-)
+@data_app.command("check", cls=PassedOn, context_settings=ALL_WORDS, add_help_option=False)
 def data_check(context: typer.Context) -> None:
     """Count what would be kept, dropped and cut of datasets, and why; --help lists the options."""
     from glm.data.check import main as check_data
@@ -62,21 +61,23 @@ MODEL_HELP = "folder, hub id, models:/NAME@champion, models:/NAME/3, or an MLflo
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="adapter folder on it; several in their order")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")]
+Dtype = Literal["float32", "bfloat16", "float16"]
 TopP = Annotated[float, typer.Option(min=0.01, max=1.0)]
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(cls=PassedOn, context_settings=ALL_WORDS, add_help_option=False)
 def run(context: typer.Context) -> None:
     """Run the pipeline or a recipe, RECIPE.yaml; -S NAME=VALUE overrides a parameter, --help lists the options."""
+    parser_of("run").parse_args(context.args)  # before Prefect's import, which takes a second
     from flows.rlhf_pipeline import main as run_pipeline
 
-    sys.argv = ["glmflow run", *context.args]
-    raise typer.Exit(run_pipeline())
+    raise typer.Exit(run_pipeline(context.args))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(cls=PassedOn, context_settings=ALL_WORDS, add_help_option=False)
 def compare(context: typer.Context) -> None:
     """Run methods, algorithms or other variants of the parameters on the same data, in one table; --help lists more."""
+    parser_of("compare").parse_args(context.args)
     from flows.compare_methods import main as compare_variants
 
     raise typer.Exit(compare_variants(context.args))
@@ -117,7 +118,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1000, help="bytes of a request")] = 2_000_000,
     temperature: Temperature = 0.95,
     top_p: TopP = 0.7,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="empty: as stored")] = None,
     log_content: Annotated[bool, typer.Option(help="also log what is asked and answered")] = False,
     engine: Annotated[
         Literal["own", "vllm"], typer.Option(help="who computes; vllm: `vllm serve`, found in PATH, behind this server")
@@ -159,12 +160,14 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write; it must not be there yet")],
     adapter: Adapters = None,
-    what: Annotated[str, typer.Option(help="merged, or adapter: what was trained alone")] = "merged",
+    what: Annotated[Literal["merged", "adapter"], typer.Option(help="adapter: what was trained alone")] = "merged",
     layout: Annotated[
-        str, typer.Option(help="transformers, or authors: as ChatGLM's authors publish")
+        Literal["transformers", "authors"], typer.Option(help="authors: as ChatGLM's authors publish")
     ] = "transformers",
-    quantization: Annotated[str, typer.Option(help="none, nf4, cpm-int8 or cpm-int4 (the authors')")] = "none",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; empty: as stored")] = None,
+    quantization: Annotated[
+        Literal["none", "nf4", "cpm-int8", "cpm-int4"], typer.Option(help="cpm: the authors'")
+    ] = "none",
+    dtype: Annotated[Dtype | None, typer.Option(help="empty: as stored")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a file: 500MB, 2GB")] = "2GB",
     push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME of a model on the hub; HF_TOKEN is you")] = None,
     private: Annotated[bool, typer.Option(help="of a model that is new on the hub")] = True,

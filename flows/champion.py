@@ -47,7 +47,8 @@ def promote(version: str, reason: str, params: Params, by: str | None = None) ->
     Returns the version's number and that of the champion before; if the two are equal, nothing was done.
 
     Raises:
-        InputError: there is no such model or version, no reason, or no way to the hub; the alias is as before.
+        InputError: there is no such model or version, no reason, no way to the hub, or another champion than at the
+            beginning; the alias is as before.
         SmokeTestError: the model does not answer; the alias is as before.
         HubError: it is the champion, but was not sent.
     """
@@ -56,13 +57,14 @@ def promote(version: str, reason: str, params: Params, by: str | None = None) ->
     name = params.promote.model_name
     uri = f"models:/{name}/{version}" if version.isdigit() else f"models:/{name}@{version}"
     number = str(find_version(client, uri).version)
-    if alias_version(client, name, CHAMPION) == number:
+    before = alias_version(client, name, CHAMPION)
+    if before == number:
         return number, number
     check_hub(params)
     smoke_test(f"models:/{name}/{number}")
-    move = move_champion(client, name, number, "promote", reason, by)
+    move_champion(client, name, number, before, "promote", reason, by)
     send_champion(number, reason, params)
-    return number, move.before
+    return number, before
 
 
 def promote_run(run_id: str, reason: str, params: Params) -> tuple[str, str | None]:
@@ -77,7 +79,7 @@ def rollback(reason: str, params: Params, steps: int = 1) -> tuple[str, str | No
     Asked twice, it goes two back. Versions that were deleted are passed over. Returns the champion now and before.
 
     Raises:
-        InputError: nobody was champion before, or no reason is given.
+        InputError: nobody was champion before, no reason is given, or there is another champion than at the beginning.
         SmokeTestError: the earlier model does not answer any more; the alias is as before.
         HubError: it is the champion again, but was not sent to the hub.
     """
@@ -98,7 +100,7 @@ def rollback(reason: str, params: Params, steps: int = 1) -> tuple[str, str | No
         )
     number = earlier[-steps]
     smoke_test(f"models:/{name}/{number}")
-    move_champion(client, name, number, "rollback", reason)
+    move_champion(client, name, number, champion, "rollback", reason)
     send_champion(number, reason, params)
     return number, champion
 
@@ -110,22 +112,30 @@ def check_reason(reason: str, what: str) -> None:
 
 
 def move_champion(
-    client: "MlflowClient", name: str, version: str, action: str, reason: str, by: str | None = None
-) -> Move:
-    """Move the alias and record the move, both or neither."""
-    with store_lock(store_uri()):  # two who promote at once take turns
-        before = alias_version(client, name, CHAMPION)
+    client: "MlflowClient", name: str, version: str, before: str | None, action: str, reason: str, by: str | None = None
+) -> None:
+    """Move the alias from the version `before` and record the move, both or neither.
+
+    Raises:
+        InputError: somebody else has moved it meanwhile; who decided this saw another champion.
+    """
+    with store_lock(store_uri()):  # two at once take turns
+        found = alias_version(client, name, CHAMPION)
+        if found != before:
+            raise InputError(
+                f"{name}: meanwhile the champion has become version {found or 'none'} (it was {before or 'none'}): "
+                "look at `glmflow champions`, then decide again"
+            )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         move = Move(action, version, before, reason, by or getpass.getuser(), now)
         past = history(client, name)
-        words = {"reason": reason, "at": now, "by": move.by, "champion_before": before or ""}
+        words = {"reason": reason, "by": move.by, "champion_before": before or "", "at": now}  # `at` says: complete
         for word, value in words.items():
             client.set_model_version_tag(name, version, f"{TOLD[action]}.{word}", value)
         with moved_alias(client, name, CHAMPION, version):
             for number, event in list(enumerate([*past, move], start=1))[-2:]:  # the last one may have been cut off
                 text = json.dumps(asdict(event), ensure_ascii=False)
                 client.set_registered_model_tag(name, f"{EVENT}{number:04d}", text)
-    return move
 
 
 def history(client: "MlflowClient", name: str) -> list[Move]:

@@ -30,6 +30,7 @@ from prefect.states import Completed, Failed
 from rich.console import Console
 
 from flows import ROOT, comparison_report
+from flows.arguments import comparison_parser
 from flows.cells import Cell, Comparison, parse_settings, parse_variant, plan, product, read_recipe, validated
 from flows.comparison_report import Outcome, Report
 from flows.dvc_stage import DVC_SAYS, run_cache_keys
@@ -200,7 +201,7 @@ def write_to_mlflow(report: Report, params: Params) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 a cell failed, 2 wrong input, 130 stopped."""
-    arguments = parser().parse_args(words)
+    arguments = comparison_parser().parse_args(words)
     return exit_status(lambda: run_command(arguments), "Stopped. The same command goes on with what is missing.")
 
 
@@ -219,29 +220,6 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(state.message, file=sys.stderr)
         return 1
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of `glmflow compare`."""
-    options = argparse.ArgumentParser(
-        prog="glmflow compare", description="Run variants of the parameters on the same data, in one table."
-    )
-    options.add_argument("recipe", nargs="?", help="YAML file with name, seeds, overrides and variants")
-    options.add_argument("--methods", metavar="A,B", help="values of sft.method: lora, p_tuning, freeze, full")
-    options.add_argument("--algorithms", metavar="A,B", help="values of algorithm")
-    options.add_argument("--seeds", metavar="1,2,3", help="one run of each variant for each of them")
-    options.add_argument(
-        "-S", "--set", action="append", default=[], metavar="NAME=VALUE,VALUE", dest="settings",
-        help="values of a name of params.yaml that are compared; a single one is set for all",
-    )  # fmt: skip
-    options.add_argument(
-        "--variant", action="append", default=[], metavar="NAME:KEY=VALUE,KEY=VALUE", dest="variants",
-        help="a variant of its own",
-    )  # fmt: skip
-    options.add_argument("--until", help="last step: evaluate_sft, or evaluate; default: as far as the variants differ")
-    options.add_argument("--name", help="of the folder reports/compare/<name>")
-    options.add_argument("--experiments", metavar="A,B", help="DVC experiments to tabulate, or 'all' of this commit")
-    return options
 
 
 def read_arguments(arguments: argparse.Namespace) -> Comparison:

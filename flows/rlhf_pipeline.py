@@ -30,6 +30,7 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from flows import ROOT, report
+from flows.arguments import pipeline_parser
 from flows.dvc_stage import output_hashes, reproduce, run_cache_key, run_cache_keys
 from flows.errors import RefusedError
 from flows.interrupt import stop_if_asked
@@ -254,16 +255,7 @@ def mlflow_parent(
 
 def main(words: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 1 a stage failed, 2 wrong input, 130 stopped."""
-    parser = argparse.ArgumentParser(prog="python -m flows.rlhf_pipeline", description="Run the pipeline.")
-    parser.add_argument("recipe", nargs="?", help="YAML file with sections of params.yaml; -S comes after it")
-    parser.add_argument(
-        "-S", "--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides",
-        help="override a name of params.yaml, such as ppo.learning_rate=2e-5; runs in a workspace of its own",
-    )  # fmt: skip
-    parser.add_argument("--until", metavar="STEP", help="the last step, such as evaluate_sft; registers nothing")
-    parser.add_argument("--serve", action="store_true", help="stay, and run what is started as rlhf-pipeline/served")
-    parser.add_argument("--cron", help="with --serve: also start runs by this schedule, such as '0 3 * * 0' (UTC)")
-    arguments = parser.parse_args(words)
+    arguments = pipeline_parser().parse_args(words)
     stopped = "Stopped. Nothing is left running; the next run goes on from the last finished step."
     return exit_status(lambda: run_command(arguments), stopped)
 

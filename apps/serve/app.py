@@ -25,6 +25,7 @@ from apps.serve.answers import (
     sse,
     tool_calls,
 )
+from apps.serve.faults import fault
 from apps.serve.feedback import FeedbackStore
 from apps.serve.guard import Guard, error_body
 from apps.serve.loras import add_lora_routes
@@ -83,6 +84,11 @@ def create_app(engine: RequestQueue, options: Options) -> FastAPI:
         loras = [model | {"id": name, "parent": options.name} for name in engine.lora_names()]
         return {"object": "list", "data": [model | more, *loras]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        server.lora_of(name)
+        return next(one for one in (await models())["data"] if one["id"] == name)
+
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         return await server.chat(body, http)
@@ -99,10 +105,9 @@ def create_app(engine: RequestQueue, options: Options) -> FastAPI:
         add_lora_routes(app, engine, options.lora_folder)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return failure(400, "invalid_request", f"{where}: {first['msg']}" if where else first["msg"])
+    async def invalid(http: Request, error: RequestValidationError) -> JSONResponse:
+        said = fault(error.errors(), http.headers.get("content-type", ""))
+        return failure(400, "invalid_request", said)
 
     @app.exception_handler(InputError)
     async def refused(_: Request, error: InputError) -> JSONResponse:
@@ -119,7 +124,10 @@ def create_app(engine: RequestQueue, options: Options) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return failure(error.status_code, "http_error", str(error.detail), error.headers)
+        said = str(error.detail)
+        if error.status_code == 400 and error.__cause__:  # FastAPI's "There was an error parsing the body"
+            said = f"the body is not JSON in UTF-8: {error.__cause__}"
+        return failure(error.status_code, "http_error", said, error.headers)
 
     paths = {str(getattr(route, "path", "")) for route in app.routes}
     app.add_middleware(Guard, options.api_key, options.max_body, metrics, paths)

@@ -68,7 +68,8 @@ class Guard:
     def _has_key(self, path: str, authorization: bytes) -> bool:
         if self.api_key is None or path in OPEN_PATHS:
             return True
-        return secrets.compare_digest(authorization, b"Bearer " + self.api_key.encode())
+        kind, _, key = authorization.partition(b" ")
+        return secrets.compare_digest(key, self.api_key.encode()) and kind.lower() == b"bearer"
 
 
 async def refuse(send: Send, status: int, code: str, message: str) -> None:

@@ -78,6 +78,9 @@ class Sampling(Body):
     presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0 only")
     frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0 only")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="not supported")
+    # Not in OpenAI's interface; other servers know them.
+    min_p: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0 only")
+    repetition_penalty: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = Field(None, description="1 only")
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end the answer."""
@@ -91,6 +94,7 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    functions: None = Field(None, description="not supported; tools are what came after them")
     response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="text only")
 
     @model_validator(mode="after")
@@ -144,7 +148,9 @@ class Feedback(Body):
     ranking: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=2, max_length=100)] | None = Field(
         None, description="numbers of choices, the best first"
     )
-    better: Text | None = Field(None, description="what the answer should have been")
+    better: Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)] | None = Field(
+        None, description="what the answer should have been"
+    )
     comment: Annotated[str, StringConstraints(max_length=10_000)] = ""
 
     @model_validator(mode="after")

@@ -29,7 +29,8 @@ class Side:
     loaded: Loaded | None = None
     messages: Messages = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # of the answers, as the feedback store knows them
-    chat: Chat | None = None  # while an answer is on its way
+    answering: bool = False  # an answer is on its way, the loading of its model included
+    chat: Chat | None = None  # while it is
 
     def __deepcopy__(self, memo: Any) -> "Side":  # gradio copies what a visitor begins with
         return Side()
@@ -85,6 +86,7 @@ def build(text: Texts, models: Models) -> None:
             raise InputError(text("chat.no_question"))
         if not (left_name.strip() or right_name.strip()):
             raise InputError(f"model: empty; expected {KINDS}")
+        wait_for_none(left, right, text)
         for side, name in ((left, left_name), (right, right_name)):
             begin(side, name.strip())
             if side.name:
@@ -140,9 +142,13 @@ def begin(side: Side, name: str) -> None:
 def stream(
     side: Side, models: Models, system: str, temperature: float, top_p: float, tokens: float
 ) -> Iterator[Messages]:
-    """Answer the dialogue's last question, piece by piece, and remember the answer for feedback."""
-    if not side.name or not side.messages or side.messages[-1]["role"] != "user" or side.chat:
+    """Answer the dialogue's last question, piece by piece, and remember the answer for feedback.
+
+    A dialogue that is forgotten meanwhile gets no answer.
+    """
+    if not side.name or not side.messages or side.messages[-1]["role"] != "user" or side.answering:
         return
+    messages, side.answering = side.messages, True
     try:
         side.loaded = models.get("model", side.name)
         chat = side.loaded.chat(system.strip(), int(tokens), temperature, top_p, None)
@@ -152,16 +158,26 @@ def stream(
         said = ""
         for piece in chat.answer():
             said += piece
+            if side.messages is not messages:
+                break
             yield [*side.shown(), {"role": "assistant", "content": said}]
     except Exception:
-        side.messages.pop()  # the question is asked again
+        messages.pop()  # the question is asked again
         raise
     finally:
-        side.chat = None
+        side.answering, side.chat = False, None
+    if side.messages is not messages:
+        return
     side.ids.append(uuid.uuid4().hex)
     side.loaded.store.remember(side.ids[-1], before, [said])
     side.messages.append({"role": "assistant", "content": said})
     yield side.shown()
+
+
+def wait_for_none(left: Side, right: Side, text: Texts) -> None:
+    """Raise an InputError while an answer is on its way."""
+    if left.answering or right.answering:
+        raise InputError(text("chat.answering"))
 
 
 def liked(text: Texts) -> Any:
@@ -181,6 +197,7 @@ def preferred(winner: str, text: Texts) -> Any:
     """The event of "this one is better"."""
 
     def keep(left: Side, right: Side) -> None:
+        wait_for_none(left, right, text)
         if not (left.loaded and right.loaded and left.ids and right.ids):
             raise InputError(text("chat.nothing_yet"))
         prompts = [side.shown()[:-1] for side in (left, right)]

@@ -42,7 +42,7 @@ def build(text: Texts, models: Models) -> None:
             name = gr.Textbox("models/export", label=text("rank.model"), max_lines=1, elem_id="rank-model")
             prompt = gr.Textbox("", label=text("rank.prompt"), lines=4, elem_id="rank-prompt")
             count = gr.Slider(2, MOST, 4, step=1, label=text("rank.count"))
-            temperature = gr.Slider(0.1, 2, 1.0, step=0.1, label="temperature")
+            temperature = gr.Slider(0.1, 2, 1.0, step=0.1, label="temperature", elem_id="rank-temperature")
             tokens = gr.Slider(8, 1024, 128, step=8, label="max_new_tokens")
             with gr.Row():
                 generate = gr.Button(text("rank.generate"), variant="primary", elem_id="rank-generate", min_width=100)

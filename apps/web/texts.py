@@ -103,6 +103,10 @@ TEXTS = {  # key: (English, Chinese)
     "chat.system_info": ("Empty: the one of training, if any", "留空则使用训练时的系统提示（如有）"),
     "chat.temperature_info": ("0: the likeliest token each time", "0：每次取概率最高的词元"),
     "chat.no_question": ("Type a question first.", "请先输入问题。"),
+    "chat.answering": (
+        "An answer is on its way: wait, or stop it.",
+        "回答还在生成：请等待结束，或先停止。",
+    ),
     "chat.nothing_yet": ("There is no answer yet to judge.", "还没有可以评价的回答。"),
     "chat.not_the_same": (
         "The two dialogues differ before this answer: clear them and ask anew, so that both answer the same.",

@@ -72,15 +72,22 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_parser() -> argparse.ArgumentParser:
+    """The options of `glmflow data check` and `python -m glm.data.check`."""
+    options = argparse.ArgumentParser(prog="glmflow data check", description="Check datasets without training on them.")
+    options.add_argument("names", nargs="*", help="datasets; without any, those of params.yaml")
+    options.add_argument(
+        "--use", choices=USES, default="sft", help="what the named datasets are to serve (default sft)"
+    )
+    options.add_argument("--params", default="params.yaml", help="where limits and ratios are read from")
+    options.add_argument("--tokenizer", help="folder or hub id to count tokens with; without one they are estimated")
+    options.add_argument("--out", help="folder for report.json and report.html")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m glm.data.check", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="datasets; without any, those of params.yaml")
-    parser.add_argument("--use", choices=USES, default="sft", help="what the named datasets are to serve (default sft)")
-    parser.add_argument("--params", default="params.yaml", help="where limits and ratios are read from")
-    parser.add_argument("--tokenizer", help="folder or hub id to count tokens with; without one they are estimated")
-    parser.add_argument("--out", help="folder for report.json and report.html")
-    given = parser.parse_args(arguments)
+    given = check_parser().parse_args(arguments)
     try:
         data = load_params(given.params).data
         if given.names:

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+COLDEST = 1e-5  # temperature
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """The wishes of one request."""
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: always the most probable token
+    temperature: float = 1.0  # 0, and what is as good as 0: always the most probable token
     top_p: float = 1.0  # the smallest set of tokens with this probability (Holtzman et al. 2020)
     top_k: int = 0  # this many most probable tokens; 0: all
     seed: int | None = None  # the same seed gives the same answer, whoever else is in the batch
@@ -21,6 +23,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # that end the answer, beside the model's own
     ignore_eos: bool = False  # the model's own end tokens do not end it
     logprobs: int | None = None  # of the chosen token and this many most probable ones; None: not wanted
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken. Logits divided by less would be infinite."""
+        return self.temperature < COLDEST
 
 
 class Chosen(NamedTuple):
@@ -38,8 +45,8 @@ def choose(logits: Tensor, params: list[SamplingParams], draws: list[float]) -> 
     distribution. Log-probabilities are the model's own, before temperature and top_p.
     """
     tokens = logits.argmax(-1)
-    if any(row.temperature > 0 for row in params):
-        sampled = _column([row.temperature > 0 for row in params], logits)[:, 0]
+    if not all(row.greedy for row in params):
+        sampled = _column([not row.greedy for row in params], logits)[:, 0]
         tokens = torch.where(sampled, _sample(logits.float(), params, draws), tokens)
     chosen = [Chosen(token) for token in tokens.tolist()]
     wanted = [index for index, row in enumerate(params) if row.logprobs is not None]
@@ -57,14 +64,15 @@ def choose(logits: Tensor, params: list[SamplingParams], draws: list[float]) -> 
 
 
 def _sample(logits: Tensor, params: list[SamplingParams], draws: list[float]) -> Tensor:
-    """Tokens [n] by inverse transform sampling; rows of temperature 0 get any."""
-    temperature = _column([row.temperature or 1.0 for row in params], logits)
+    """Tokens [n] by inverse transform sampling; greedy rows get any."""
+    temperature = _column([1.0 if row.greedy else row.temperature for row in params], logits)
     probabilities = (logits / temperature).softmax(-1)
     if any(row.top_p < 1 or row.top_k > 0 for row in params):
         top_p = _column([row.top_p for row in params], logits)
         top_k = _column([row.top_k or logits.shape[-1] for row in params], logits).clamp(max=logits.shape[-1])
         falling = _sorted(probabilities)
         kept = torch.minimum((falling.cumsum(-1) - falling < top_p).sum(-1, keepdim=True), top_k)
+        kept = kept.clamp(min=1)  # a top_p that is 0 in float32 keeps the most probable token all the same
         probabilities = probabilities * (probabilities >= falling.gather(-1, kept - 1))
     total = probabilities.cumsum(-1)
     place = torch.searchsorted(total, _column(draws, logits) * total[:, -1:], right=True)[:, 0]

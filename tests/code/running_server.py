@@ -3,6 +3,8 @@
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -67,12 +69,16 @@ def wait_for(condition, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def slow_down(engine: Engine) -> None:
-    """At least 10 ms a token, so that there is time to do something while an answer is on its way."""
-    step = engine.slots.step
+@contextmanager
+def without_end(engine: Engine) -> Iterator[None]:
+    """Answers that do not end by themselves, at least 10 ms a token: there is time to do something on their way."""
+    step, take = engine.slots.step, engine._take
 
     def slowly(tokens: list[int]) -> Tensor:
         time.sleep(0.01)
         return step(tokens)
 
     engine.slots.step = slowly
+    engine._take = lambda request, chosen: take(request, chosen._replace(token=5))
+    yield
+    engine.slots.step, engine._take = step, take

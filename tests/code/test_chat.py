@@ -1,5 +1,6 @@
 """Models by name, and the dialogue in the terminal and through a pipe."""
 
+import io
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from apps.chat import Chat, command, printable
+from apps.chat import Chat, _pipe, command, printable
 from apps.models import Resolved, resolve
 from glm.config import Data
 from glm.errors import InputError
@@ -87,7 +88,7 @@ def test_a_reward_model_does_not_chat(tmp_path: Path, adapter: Path) -> None:
             resolve(str(TINY), [str(tmp_path / folder)])
 
 
-def test_commands(tmp_path: Path) -> None:
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(load_model(TINY), load_tokenizer(TINY), max_batch=1) as engine:
         chat = Chat(engine, Data(), max_new_tokens=8, temperature=0, top_p=1)
         assert "no question" in command(chat, "/regenerate")
@@ -103,6 +104,19 @@ def test_commands(tmp_path: Path) -> None:
         [row] = json.loads((tmp_path / "a.json").read_text())
         assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
         assert "user: 你好" in (tmp_path / "a.txt").read_text()
+        (tmp_path / "thesis.txt").write_text("years of work")
+        assert "is there already" in command(chat, f"/save {tmp_path / 'thesis.txt'}")
+        assert (tmp_path / "thesis.txt").read_text() == "years of work"
+        assert command(chat, f"/save {tmp_path / 'a.txt'}").startswith("Kept")  # its own may grow
+        before = list(chat.messages)
+        chat.messages.append({"role": "user", "content": "\udcff"})  # what a terminal of another encoding sends
+        with pytest.raises(InputError, match="surrogate"):
+            next(chat.answer())
+        assert chat.messages == before
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n\udcff\n"))
+        with pytest.raises(InputError, match=r"line 2: .* surrogate"):
+            _pipe(chat)
+        assert chat.messages == before
         assert "/save FILE" in command(chat, "/save") and "File exists" in command(chat, "/save /dev/null/x")
         assert command(chat, "/clear") == "Forgotten." and chat.messages == []
         assert "no such command" in command(chat, "/nonsense") and command(chat, "/stop") == "stop"
@@ -140,7 +154,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
                     seen += os.read(terminal, 65536)
                 except OSError:  # the program has ended
                     raise AssertionError(seen.decode(errors="replace")) from None
-        return seen.decode()
+        return seen.decode(errors="replace")  # the last piece may end within a character
 
     assert "/regenerate" in read("\n> ")
     os.write(terminal, "你好世界\x7f\x7f，写\n".encode())  # two Chinese characters taken back

@@ -21,17 +21,45 @@ def glmflow(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def test_help_imports_nothing_heavy_and_names_every_command() -> None:
+@pytest.mark.parametrize("command", [[], ["run"], ["compare"], ["data", "check"]])
+def test_help_imports_nothing_heavy_and_names_every_command(command: list[str]) -> None:
     program = (
         "import sys, json\nfrom apps.cli import app\n"
-        "try: app(['--help'])\nexcept SystemExit: print(json.dumps(sorted(sys.modules)))"
+        f"try: app({[*command, '--help']})\nexcept SystemExit: print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     *shown, loaded = done.stdout.splitlines()
     assert not HEAVY & set(json.loads(loaded))
+    if command:
+        assert f"usage: glmflow {' '.join(command)}" in shown[0]
+        return
     for name in ("run", "chat", "serve", "doctor", "params", "data"):
         assert any(f" {name} " in line for line in shown)
     assert any("--install-completion" in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("c", {"chat", "compare", "champions"}),
+        ("serve --engine ", {"own", "vllm"}),
+        ("export models/sft out --quantization cpm", {"cpm-int4", "cpm-int8"}),
+        ("run -S a=1 --un", {"--until"}),
+        ("run --until evaluate", {"evaluate", "evaluate_sft"}),
+        ("run rec", set()),  # the shell's own files
+        ("compare --me", {"--methods"}),
+        ("data check --use re", {"reward"}),
+        ("data check alpaca_gpt4_", {"alpaca_gpt4_en", "alpaca_gpt4_zh"}),
+    ],
+)
+def test_what_the_tab_key_offers(typed: str, offered: set[str]) -> None:
+    words = f"glmflow {typed}"
+    asked = {"_GLMFLOW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    program = "import sys; sys.argv = ['glmflow']; from apps.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | asked, capture_output=True, text=True, timeout=60
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
 
 
 @pytest.mark.parametrize(

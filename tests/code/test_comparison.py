@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flows import ROOT
+from flows.arguments import comparison_parser
 from flows.cells import differences, parse_settings, parse_variant, plan, product, read_recipe
-from flows.compare_methods import parser, read_arguments
+from flows.compare_methods import read_arguments
 from flows.comparison_report import Outcome, Report
 from glm.errors import InputError
 from glm.evaluation.comparison import Column, Result, draw, rows, table_csv, text
@@ -121,7 +122,7 @@ def test_what_differs_between_parameters() -> None:
 
 def planned(*words: str) -> tuple[list[tuple[str, dict]], list[str]]:
     """Name and overrides of the cells that a command line asks for, and their steps."""
-    cells, steps = plan(read_arguments(parser().parse_args(words)))
+    cells, steps = plan(read_arguments(comparison_parser().parse_args(words)))
     return [(cell.name, cell.overrides) for cell in cells], steps
 
 

@@ -23,7 +23,7 @@ from glm.serving.answer import AnswerReader
 from glm.serving.remote import RemoteEngine
 from glm.serving.request import Event, Request, RequestQueue
 from glm.serving.sampling import SamplingParams
-from tests.code.running_server import GOLDEN, KEY, Running, slow_down, wait_for
+from tests.code.running_server import GOLDEN, KEY, Running, wait_for, without_end
 
 QUESTION = [{"role": "user", "content": "写一条酒店评论，以“房间”开头。"}]
 TINY = GOLDEN / "chatglm2-e2e"
@@ -100,10 +100,8 @@ def test_tokens_go_out_and_come_back_as_vllm_has_them(back: Running) -> None:
 
 
 def test_who_goes_away_frees_the_place_on_both_sides_and_a_full_queue_is_said(back: Running, front: Running) -> None:
-    step = back.engine.slots.step
-    slow_down(back.engine)
-    wishes = {"model": "tiny", "messages": QUESTION, "max_tokens": 1500, "temperature": 1, "stream": True, "n": 4}
-    with front.openai.chat.completions.create(**wishes) as stream:
+    wishes = {"model": "tiny", "messages": QUESTION, "max_tokens": 1500, "stream": True, "n": 4}
+    with without_end(back.engine), front.openai.chat.completions.create(**wishes) as stream:
         next(iter(stream))
         wait_for(lambda: len(back.engine.running) == 4)
         with front.openai.chat.completions.create(**(wishes | {"n": 8})) as waiting:
@@ -111,7 +109,6 @@ def test_who_goes_away_frees_the_place_on_both_sides_and_a_full_queue_is_said(ba
             with pytest.raises(openai.RateLimitError):
                 ask(front)
     wait_for(lambda: not back.engine.running and not front.engine.running and not front.engine.waiting)
-    back.engine.slots.step = step
     assert "glmflow_requests_running 0.0" in front.http.get("/metrics").text
 
 

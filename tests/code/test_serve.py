@@ -15,7 +15,7 @@ from glm.data.raw_rows import read_rows
 from glm.data.registry import read_registry
 from glm.errors import InputError
 from glm.serving.engine import Engine
-from tests.code.running_server import KEY, Running, slow_down, wait_for
+from tests.code.running_server import KEY, Running, wait_for, without_end
 
 QUESTION = [{"role": "user", "content": "写一条酒店评论，以“房间”开头。"}]
 
@@ -133,7 +133,11 @@ def test_errors_have_openais_shape_and_name_the_fault(server: Running) -> None:
         ({"temperature": float("nan")}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
-        ({"stop": [""]}, 400, "stop"),
+        ({"stop": [""]}, 400, "stop.0: String should have at least 1"),
+        ({"stop": ["a"] * 5}, 400, "stop: List should have at most 4"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "0.content.0.type: Input"),
+        ({"functions": [{"name": "weather"}]}, 400, "functions"),
+        ({"repetition_penalty": 1.2}, 400, "repetition_penalty"),
         ({"seed": 10**30}, 400, "seed"),
         ({"n": 1000}, 400, "n"),
     ]
@@ -141,9 +145,12 @@ def test_errors_have_openais_shape_and_name_the_fault(server: Running) -> None:
         body = json.dumps({"model": "tiny", "messages": QUESTION} | wishes)
         response = server.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
         assert (response.status_code, named in response.json()["error"]["message"]) == (status, True), response.text
-    for content in (b"{", b"\xff\xfe", b"[" * 20_000, b"null", b""):
-        headers = {"content-type": "application/json"}
-        assert server.http.post("/v1/completions", content=content, headers=headers).status_code == 400
+    broken = {b"{": "character 1", b"\x1f\x8b": "UTF-8", b"[" * 20_000: "recursion", b"null": "body", b"": "body"}
+    for content, named in broken.items():
+        response = server.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert (response.status_code, named in response.json()["error"]["message"]) == (400, True), response.text
+    as_curl_has_it = server.http.post("/v1/chat/completions", data={"{": ""})
+    assert "expected the header Content-Type: application/json" in as_curl_has_it.json()["error"]["message"]
     assert server.http.post("/v1/chat/completions", content=b"x" * 200_001).status_code == 413
     chunked = server.http.post("/v1/chat/completions", content=iter([b"x" * 100_000] * 3))  # does not say its length
     assert chunked.status_code == 413 and chunked.json()["error"]["message"]
@@ -156,6 +163,9 @@ def test_the_key_is_needed_everywhere_but_for_the_health_check(server: Running) 
             assert httpx.get(server.url + path, headers=header).status_code == 401
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
     assert [model.id for model in server.openai.models.list()] == ["tiny"]
+    assert server.openai.models.retrieve("tiny").id == "tiny"
+    assert httpx.get(f"{server.url}/v1/models/tiny", headers={"authorization": f"bearer {KEY}"}).status_code == 200
+    assert server.http.get("/v1/models/other").status_code == 404
     for host, key, anonymous in (("0.0.0.0", None, False), ("192.168.1.1", "", False)):
         with pytest.raises(InputError, match="--api-key"):
             check_binding(host, key, anonymous)
@@ -163,9 +173,7 @@ def test_the_key_is_needed_everywhere_but_for_the_health_check(server: Running) 
 
 
 def test_who_goes_away_frees_the_place_and_a_full_queue_is_said(tmp_path: Path) -> None:
-    with Running("chatglm2", tmp_path, max_batch=1, max_waiting=0) as small:
-        script(small.engine, [5] * 4000)  # never ends by itself
-        slow_down(small.engine)
+    with Running("chatglm2", tmp_path, max_batch=1, max_waiting=0) as small, without_end(small.engine):
         endless = {"model": "tiny", "messages": QUESTION}
         with small.http.stream("POST", "/v1/chat/completions", json=endless | {"stream": True}) as response:
             lines = response.iter_lines()  # to be kept: httpx hangs up when it is collected
@@ -192,7 +200,7 @@ def test_feedback_becomes_rows_that_training_takes(server: Running) -> None:
     assert say(chosen=1, rejected=0).json()["stored"] == "pairs.jsonl"
     assert say(better="房间很好。", index=1).status_code == 200
     nothing_new, two_kinds = {"chosen": 1, "rejected": 1}, {"label": True, "better": "x"}
-    for wrong in ({}, two_kinds, {"chosen": 1}, nothing_new, {"label": True, "index": 9}):
+    for wrong in ({}, two_kinds, {"chosen": 1}, nothing_new, {"label": True, "index": 9}, {"better": ""}):
         assert say(**wrong).status_code == 400
     assert server.http.post("/v1/feedback", json={"id": "../../x", "label": True}).status_code == 400
 

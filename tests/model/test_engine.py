@@ -187,6 +187,8 @@ def test_draws_follow_the_distribution_and_top_p_and_top_k_cut_it() -> None:
     assert shares(top_p=0.81) == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.002)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.002)
     assert shares(top_k=1) == shares(temperature=0.0) == shares(top_p=1e-9) == [1, 0, 0, 0]
+    for least in (1e-46, 1e-300):  # 0 in float32
+        assert shares(top_p=least) == shares(temperature=least) == [1, 0, 0, 0]
 
 
 def test_log_probabilities_are_the_models_own() -> None:

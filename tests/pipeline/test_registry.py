@@ -315,6 +315,25 @@ def test_champions_are_promoted_and_taken_back_step_by_step(versions: MlflowClie
     assert champion.moves(params)[1].by == "gate"
 
 
+def test_of_two_who_move_the_alias_at_once_the_second_is_told(
+    versions: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion.promote("1", "the first", Params())
+    champion.promote("2", "better", Params())
+    told = "meanwhile the champion has become version {} \\(it was {}\\)"
+    for before, mine, theirs in (("2", "3", "3"), ("3", "4", "1"), ("1", "", "2")):
+
+        def somebody_is_quicker(uri: str, theirs: str = theirs) -> None:
+            monkeypatch.setattr(champion, "smoke_test", lambda uri: None)
+            champion.promote(theirs, "theirs", Params())
+
+        monkeypatch.setattr(champion, "smoke_test", somebody_is_quicker)
+        with pytest.raises(InputError, match=told.format(theirs, before)):
+            champion.promote(mine, "mine", Params()) if mine else champion.rollback("mine", Params())
+        assert alias_version(versions, NAME, "champion") == theirs
+    assert [one.reason for one in champion.moves(Params())] == ["the first", "better", "theirs", "theirs", "theirs"]
+
+
 def test_deleted_champions_are_passed_over(versions: MlflowClient) -> None:
     for version in ("1", "2", "3"):
         champion.promote(version, "better", Params())

@@ -179,9 +179,8 @@ def test_chat_rank_and_promote(project: Project, browser) -> None:
         page.locator("#send").click()
         for side in ("left", "right"):
             playwright.expect(page.locator(f"#chat-{side} .bot.message")).to_have_count(1, timeout=SECONDS)
-        wait_for(
-            lambda: page.locator("#chat-left .bot.message").inner_text() == settled(page, "#chat-left .bot.message")
-        )
+        for side in ("left", "right"):
+            settled(page, f"#chat-{side} .bot.message")
         page.locator("#chat-left").get_by_label("Like", exact=True).first.click()
         is_told(page, "data/feedback/labels.jsonl")
         page.locator("#better-right").click()
@@ -205,6 +204,8 @@ def test_chat_rank_and_promote(project: Project, browser) -> None:
         page.locator("#rank-generate").click()
         is_told(page, "expected a folder of the project")
         fill(page, "#rank-model", MODEL)
+        # At 1.0 one set of answers in 1,400 has an empty one, which is not shown; here one in 5 million.
+        fill(page, "#rank-temperature", "0.3")
         page.locator("#rank-generate").click()
         playwright.expect(page.locator("#rank-3")).to_be_visible(timeout=SECONDS)
         boxes = [page.locator(f"#rank-{place} textarea") for place in range(4)]
