@@ -333,13 +333,13 @@ def lineage(
     from rich.console import Console
 
     from flows.lineage import trace
-    from flows.lineage_view import draw, tree
+    from flows.lineage_view import draw, show
     from glm.files import write_json
 
     if graph and graph.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--graph {graph}: the file's name must end with .png, .svg or .pdf")
     found = trace(target)
-    Console().print(tree(found), soft_wrap=True)
+    show(found, Console())
     if json_file:
         write_json(json_file, found.as_json())
     if graph:

@@ -1,11 +1,13 @@
 """The parts of telling where a model came from; test_real_stages.py has the whole."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from flows.lineage import Node
-from flows.lineage_view import columns_of
+from flows.lineage import Lineage, Node
+from flows.lineage_view import columns_of, draw, show
 from tasks.record import inconsistencies, uncommitted_files, uncommitted_patch
 from tests.pipeline.conftest import Project
 
@@ -63,3 +65,16 @@ def test_the_picture_goes_from_left_to_right() -> None:
         Node("d", "model", "4", ["b"]),
     ]
     assert [[node.name for node in column] for column in columns_of(nodes)] == [["a"], ["b"], ["c", "d"]]
+
+
+def test_all_of_it_is_shown(tmp_path: Path) -> None:
+    """In a narrow terminal and a pipe too; and the picture's folder need not be there."""
+    metrics = {f"metric_{number}": 1.0 for number in range(6)}
+    nodes = [Node("a", "data", "1"), Node("b", "model", "2", ["a"], {"metrics": metrics})]
+    facts = {"run": "r", "commit": "0" * 40, "uncommitted": [], "requirements_lock_md5": None, "faults": []}
+    lineage = Lineage("models/b", "0" * 32, facts, nodes)
+    text = StringIO()
+    show(lineage, Console(file=text, width=50))
+    assert all(name in text.getvalue() for name in metrics)
+    draw(lineage, tmp_path / "new" / "b.svg")
+    assert "<svg" in (tmp_path / "new" / "b.svg").read_text()
