@@ -174,8 +174,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="replace an export that is there")] = False,
 ) -> None:
     """Write a model as a folder for others, with a model card, and prove that it answers as its source."""
+    import signal
+
     from apps.export import export_model
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clearing away what is begun
     values = {
         "what": what,
         "layout": layout,
