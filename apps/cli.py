@@ -342,7 +342,7 @@ def lineage(
     if graph and graph.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--graph {graph}: the file's name must end with .png, .svg or .pdf")
     found = trace(target)
-    Console().print(tree(found), soft_wrap=True)
+    Console().print(tree(found))
     if json_file:
         write_json(json_file, found.as_json())
     if graph:

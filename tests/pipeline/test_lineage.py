@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flows.lineage import Node
+from apps.cli import app
+from flows import lineage
+from flows.lineage import Lineage, Node
 from flows.lineage_view import columns_of
 from tasks.record import inconsistencies, uncommitted_files, uncommitted_patch
 from tests.pipeline.conftest import Project
@@ -53,6 +56,15 @@ def test_what_does_not_fit_together_is_said(repository: Project) -> None:
     assert "reward: was run on another models/sft than sft made since" in found
     assert "reward: gone.py is gone since" in found
     assert "export: not in dvc.lock" in found
+
+
+def test_long_lines_are_wrapped_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"run": "a-run", "commit": "0" * 40, "uncommitted": [], "requirements_lock_md5": "", "faults": []}
+    reason = " ".join(f"reason{number}" for number in range(50))
+    promoted = {"promoted.at": "now", "promoted.reason": reason}
+    monkeypatch.setattr(lineage, "trace", lambda target: Lineage("x", "1", facts | promoted, []))
+    shown = CliRunner().invoke(app, ["lineage", "models/x"], env={"COLUMNS": "80"}).stdout
+    assert all(word in shown for word in reason.split())
 
 
 def test_the_picture_goes_from_left_to_right() -> None:
