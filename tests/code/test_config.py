@@ -94,6 +94,7 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:8000"}
         ),
         ({"rollout": VLLM, "sft": {"method": "p_tuning"}}, ["rollout.engine vllm", "sft.method p_tuning"]),
         ({"export": {"max_shard_size": "2 gigabytes"}}, ["export.max_shard_size", "2 gigabytes"]),
+        ({"export": {"max_shard_size": "0GB"}}, ["export.max_shard_size", "0GB"]),
         ({"seed": None}, ["seed", "integer", "None"]),
         ({"ppo": 3}, ["ppo", "3"]),
         ([], ["expected a mapping of sections", "[]"]),
