@@ -138,12 +138,12 @@ def reference_step(
 
 def decode_rate(actors: Actors, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
     """(tokens a second after the first token, seconds until the first), medians of three."""
-    device = actors.model.device.type
+    device, decoder = actors.model.device.type, actors.sampler.decoder
 
     def seconds(count: int) -> float:
-        assert actors.decoder is not None
+        assert decoder is not None
         settings = {"max_new_tokens": count, "batch_size": len(prompts), "do_sample": True}
-        run = lambda: actors.decoder.sample(prompts, TOKENIZER, **settings)  # noqa: E731
+        run = lambda: decoder.sample(prompts, TOKENIZER, **settings)  # noqa: E731
         return sorted(timed(device, run)[1] for _ in range(3))[1]
 
     seconds(new_tokens)

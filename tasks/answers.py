@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glm.data.rows import Row, question_of, read_split
+from glm.data.rows import Row, question_of, read_split, spread
 from tasks.stage import Stage
 from tasks.tokenized import ROWS, tokenized
 
@@ -46,9 +46,7 @@ def read_questions(stage: Stage, tokenizer: "PreTrainedTokenizerBase") -> Questi
     from glm.data.encode import prompt_ids
 
     params = stage.params
-    every = read_split(ROWS, "sft", "test")
-    limit = params.evaluate.max_samples
-    rows = every[:: max(1, len(every) // limit)][:limit]  # spread: files are often sorted
+    rows = spread(read_split(ROWS, "sft", "test"), params.evaluate.max_samples)
     return Questions(
         examples=tokenized(stage, tokenizer, "sft", "test"),
         rows=rows,

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from glm.data.held_out import check_disjoint
-from glm.data.rows import read_split
+from glm.data.rows import read_split, spread
 from glm.files import read_jsonl, replace_folder, write_json, write_jsonl
 from tasks.answers import answer, predictions, read_questions, samples
 from tasks.base_model import foundation, load_base_tokenizer, load_shared
@@ -62,7 +62,7 @@ def run(stage: Stage) -> dict[str, float]:
     answers = {algorithm: answer(stage, actors.model, tokenizer, questions)}
     metrics |= {f"{algorithm}.{name}": value for name, value in answers[algorithm].metrics.items()}
 
-    prompt_rows = read_split(ROWS, "ppo", "test")[: options.max_samples]
+    prompt_rows = spread(read_split(ROWS, "ppo", "test"), options.max_samples)
     prompts = [prompt_ids(tokenizer, row["prompt"], params.data)[0] for row in prompt_rows]
     stage.log_dataset("ppo", f"{ROWS}/ppo/test.jsonl", split="test", rows=len(prompts))
     scores: dict[str, list[float]] = {}  # by the judge

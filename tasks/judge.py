@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm.config import Data, Params, load_params
 from glm.data.prepare import split_of
-from glm.data.rows import Row, question_of, read_split
+from glm.data.rows import Row, question_of, read_split, spread
 from glm.errors import InputError
 from glm.files import replace_folder, write_json, write_jsonl
 from tasks.stage import Progress, fix_environment, seed_everything
@@ -121,11 +121,6 @@ def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
 def is_test(row: Row, splits: Data) -> bool:
     """Would the row be in the test split with these ratios? It depends on its question alone (glm.data.prepare)."""
     return split_of(row.get("group") or question_of(row), splits.dev_ratio, splits.test_ratio) == "test"
-
-
-def spread(rows: list[Row], number: int) -> list[Row]:
-    """At most `number` rows from all over the file, as evaluate takes them: files are often sorted."""
-    return rows[:: max(1, len(rows) // number)][:number]
 
 
 def answer(

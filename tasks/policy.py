@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm.config import ONLINE, Method, Params
+from glm.config import ONLINE, Method, Params, Ppo, Rival
 from glm.errors import InputError
 from tasks.base_model import load_base_tokenizer, load_shared
 from tasks.rewards import load_scorer
@@ -33,12 +33,15 @@ Train = Callable[..., dict[str, float]]  # such as glm.training.dpo.train
 
 
 def improve(
-    stage: Stage, train: Train, section: Any, rows: Rows, *, method: Method = "lora", resume: bool = True
+    stage: Stage, train: Train, section: Ppo | Rival, rows: Rows, *, method: Method = "lora", resume: bool = True
 ) -> dict[str, float]:
     """Train the policy by one algorithm on `rows`, with its `section` of params.yaml, and write it.
 
     `method` is what is trained of it: with `resume` a copy of what SFT trained, if that is of this method, else
     something fresh on top.
+
+    Raises:
+        InputError: fewer rows than one batch, no dev prompts, or something else that `train` refuses.
     """
     from glm.models.lineage import above, chain
     from glm.models.saving import save_trained
@@ -46,12 +49,15 @@ def improve(
     from glm.training.checkpoint import Checkpoints
 
     params = stage.params
+    tokenizer = load_base_tokenizer()
+    train_set, dev_prompts = rows(stage, tokenizer, "train"), prompts(stage, tokenizer, "dev")
+    if len(train_set) < section.batch_size:
+        raise InputError(
+            f"{params.algorithm}.batch_size {section.batch_size} is more than the {len(train_set)} training rows"
+        )
     below, start = above(SFT).starting(method, resume=resume)
     below.check(method)
     model, beneath = load_shared(params, below.parts, chain(SFT), chain(REWARD))
-    tokenizer = load_base_tokenizer()
-    train_set = rows(stage, tokenizer, "train")
-    dev_prompts = prompts(stage, tokenizer, "dev")
     checkpoints = Checkpoints(stage.checkpoint_folder)
     with open_rollout(stage) as rollout:
         actors = Actors(

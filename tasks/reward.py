@@ -3,8 +3,6 @@
 It stands on models/sft or models/base.
 """
 
-from itertools import takewhile
-
 from tasks import reward_training
 from tasks.base_model import foundation
 from tasks.stage import Stage, main
@@ -24,7 +22,11 @@ def run(stage: Stage) -> dict[str, float]:
     test, size = trained.examples["test"], params.reward.per_device_eval_batch_size
     scores = reward.scores_of_examples(trained.model, trained.tokenizer, test, size)
     sizes = [len(example["sequences"]) for example in test]
-    lengths = [length for example in test for length in answer_lengths(example["sequences"])]
+    lengths = [
+        len(sequence) - start
+        for example in test
+        for sequence, start in zip(example["sequences"], example["starts"], strict=True)
+    ]
     held_out = reward.ranking_metrics(scores, sizes) | reward_report.report(scores.numpy(), sizes, lengths)
     stage.log_figure("reward_report.png", reward_report.draw(scores.numpy(), sizes, lengths, "held-out rankings"))
     reward_training.save(stage, trained, "models/reward")
@@ -32,12 +34,6 @@ def run(stage: Stage) -> dict[str, float]:
     trained.checkpoints.clear()
     numbers = trained.numbers | {"truncated_rows": trained.examples["train"].truncated}
     return numbers | {f"test_{name}": value for name, value in held_out.items()}
-
-
-def answer_lengths(sequences: list[list[int]]) -> list[int]:
-    """Tokens of each answer to one prompt, what all of them begin with left out."""
-    shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
-    return [len(sequence) - shared for sequence in sequences]
 
 
 if __name__ == "__main__":

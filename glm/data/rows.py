@@ -17,6 +17,11 @@ def read_split(folder: str | Path, use: Use, split: str) -> list[Row]:
     return read_jsonl(Path(folder) / use / f"{split}.jsonl")
 
 
+def spread(rows: list[Row], number: int) -> list[Row]:
+    """At most `number` of the rows, every second, third … where there are so many: files are often sorted."""
+    return rows[:: max(1, len(rows) // number)][:number]
+
+
 def question_of(row: Row) -> str:
     """The first thing the user says (or the text); rows that share it share a split."""
     if "text" in row:

@@ -2,7 +2,7 @@
 
 It computes what `GlmForCausalLM` computes (tests compare token ids and log-probabilities), in a form that
 `torch.compile` and a CUDA graph can hold: all shapes are fixed, the state changes in place, nothing waits for the host.
- Three things make it cheaper than the library's step. q, k and v are one matrix, with the active LoRA folded in.
+Three things make it cheaper than the library's step. q, k and v are one matrix, with the active LoRA folded in.
 The query heads that share a key head stand in the sequence axis of the attention, so that a key is read once and not
 once for each of them. And no log-softmax over the vocabulary is kept: the chosen token's log-probability is its logit
 minus the log-sum-exp.
@@ -197,7 +197,10 @@ def with_rotary_tables(weights: Weights, model: GlmForCausalLM, length: int) -> 
 
 @torch.no_grad()
 def follow_adapter(weights: Weights, model: GlmForCausalLM) -> None:
-    """Bring the copies up to date with the adapter that is active now, or none. The model's tensors stay untouched."""
+    """Bring the copies up to date with the model's own weights, and with the adapter that is active now, or none.
+
+    The model's tensors stay untouched.
+    """
     for layer, block in zip(model.model.layers, weights.blocks, strict=True):
         q, k, v, *others = linears_of(layer)
         sizes = [base_of(linear).out_features for linear in (q, k, v)]
@@ -205,6 +208,8 @@ def follow_adapter(weights: Weights, model: GlmForCausalLM) -> None:
             name = _active(linear)
             weight = base_of(linear).weight
             rows.copy_(weight if name is None else weight + linear.get_delta_weight(name))
+        if block.qkv.bias is not None:  # trained by full, and by freeze of qkv
+            block.qkv.bias.copy_(torch.cat([base_of(linear).bias for linear in (q, k, v)]))
         for linear, projection in zip(others, (block.out, block.gate_up, block.down), strict=True):
             if projection.down is None or projection.up is None:
                 continue

@@ -10,6 +10,7 @@ from glm.sections.training import Tuned
 
 # What improves the SFT model. Each is a section below and a program, tasks/<algorithm>.py.
 Algorithm = Literal["ppo", "dpo", "kto", "grpo", "rloo", "rrhf", "raft"]
+LONGEST_ANSWER = 2**17  # tokens: the longest context of these models
 ONLINE = ("ppo", "grpo", "rloo", "raft")  # those that learn from the policy's own answers
 
 
@@ -20,25 +21,27 @@ class Ppo(Tuned):
         0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
     )
     learning_rate: float = Field(1e-5, gt=0, lt=1)
-    max_steps: int = Field(60, ge=1, description="rollout batches")
+    max_steps: int = Field(60, ge=1, le=10**9, description="rollout batches")
     batch_size: int = Field(32, ge=2, description="prompts of one rollout batch")
     mini_batch_size: int = Field(32, ge=1, description="responses of one optimizer step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a minibatch is computed")
-    ppo_epochs: int = Field(2, ge=1, description="passes over each rollout batch")
-    max_new_tokens: int = Field(32, ge=2)
-    temperature: float = Field(1.0, gt=0)
+    ppo_epochs: int = Field(2, ge=1, le=1000, description="passes over each rollout batch")
+    max_new_tokens: int = Field(32, ge=2, le=LONGEST_ANSWER)
+    temperature: float = Field(1.0, ge=0.01, le=100)
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
     cliprange: float = Field(0.2, gt=0, lt=1)
-    cliprange_value: float = Field(0.2, gt=0)
-    vf_coef: float = Field(0.1, ge=0)
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    kl_coef: float = Field(0.2, ge=0, description="weight of the per-token KL penalty; the start value if adaptive")
+    cliprange_value: float = Field(0.2, gt=0, le=1e6)
+    vf_coef: float = Field(0.1, ge=0, le=1000)
+    entropy_coef: float = Field(0.0, ge=0, le=1000, description="weight of the entropy bonus")
+    kl_coef: float = Field(0.2, ge=0, le=1000, description="weight of the KL penalty at each token; adaptive: at first")
     kl_target: float | None = Field(6.0, gt=0, description="nats a response; empty: kl_coef stays fixed")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="of the penalty at each token; Schulman 2020")
     kl_horizon: int = Field(10000, ge=1, description="responses over which the adaptive coefficient settles")
     kl_stop: float = Field(25.0, gt=0, description="nats a response at which a runaway run is stopped")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="taken off the score of a response cut at max_new_tokens")
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, le=1e6, description="taken off the score of a response cut at max_new_tokens"
+    )
     score_norm: bool = Field(False, description="scores less their running mean, divided by their running spread")
     score_clip: float | None = Field(None, gt=0, description="scores are clipped to ± this, after score_norm")
     whiten_rewards: bool = Field(False, description="scale the tokens' rewards to variance 1 in each batch")
@@ -59,6 +62,22 @@ class Ppo(Tuned):
             )
         return self
 
+    @model_validator(mode="after")
+    def coefficient_can_adapt(self) -> Self:
+        if self.kl_target is None:
+            return self
+        if self.kl_coef == 0:
+            raise ValueError(
+                f"kl_coef 0 stays 0 by whatever kl_target {self.kl_target:g} multiplies it: start above 0, or leave "
+                "kl_target empty"
+            )
+        if self.kl_horizon < self.batch_size:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is less than batch_size {self.batch_size}: a step could turn the sign "
+                "of kl_coef"
+            )
+        return self
+
 
 class Rival(Section):
     """What the algorithms beside PPO have in common."""
@@ -66,11 +85,11 @@ class Rival(Section):
     learning_rate: float = Field(1e-5, gt=0, lt=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    max_steps: int = Field(100, ge=1, description="optimizer steps")
+    max_steps: int = Field(100, ge=1, le=10**9, description="optimizer steps")
     batch_size: int = Field(32, ge=2, description="rankings, labelled answers or prompts of an optimizer step")
     max_grad_norm: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(32, ge=2)
-    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(32, ge=2, le=LONGEST_ANSWER)
+    temperature: float = Field(1.0, ge=0.01, le=100)
     eval_steps: int = Field(10, ge=1, description="optimizer steps between two looks at the dev prompts")
     save_steps: int = Field(10, ge=1, description="optimizer steps between two checkpoints of the training")
 
@@ -80,7 +99,7 @@ class Offline(Rival, Tuned):
 
     packing: bool = True
     share_prompt: bool = Field(True, description="packed answers of a ranking share the computation of their prompt")
-    tokens_per_forward: int = Field(4096, ge=64, description="tokens of one packed row")
+    tokens_per_forward: int = Field(4096, ge=64, le=2**24, description="tokens of one packed row")
 
 
 class Online(Rival):
@@ -89,13 +108,13 @@ class Online(Rival):
     minimum_reward_accuracy: float = Field(
         0.6, ge=0, le=1, description="held-out pair accuracy of a reward model below which it is refused"
     )
-    num_generations: int = Field(8, ge=2, description="answers to each prompt of a step")
+    num_generations: int = Field(8, ge=2, le=1024, description="answers to each prompt of a step")
 
 
 class Dpo(Offline):
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    beta: float = Field(0.1, gt=0, le=1000, description="how much it costs to leave the SFT model")
     loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="ipo: Azar et al. 2023")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round")
 
@@ -109,7 +128,7 @@ class Dpo(Offline):
 class Kto(Rival):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on the labelled answers of data.kto, by TRL."""
 
-    beta: float = Field(0.1, gt=0, description="how much it costs to leave the SFT model")
+    beta: float = Field(0.1, gt=0, le=1000, description="how much it costs to leave the SFT model")
     desirable_weight: float = Field(1.0, gt=0)
     undesirable_weight: float = Field(1.0, gt=0)
 
@@ -117,13 +136,15 @@ class Kto(Rival):
 class Rrhf(Offline):
     """Rank responses to align with human feedback (Yuan et al. 2023)."""
 
-    rrhf_weight: float = Field(1.0, gt=0, description="of the ranking loss, beside the best answer's own")
+    rrhf_weight: float = Field(1.0, gt=0, le=1e6, description="of the ranking loss, beside the best answer's own")
 
 
 class Grouped(Online):
     """What compares answers to the same prompt, in place of a value function: GRPO and RLOO."""
 
-    beta: float = Field(0.05, ge=0, description="weight of the KL divergence to SFT: GRPO's in the loss, RLOO's reward")
+    beta: float = Field(
+        0.05, ge=0, le=1000, description="weight of the KL divergence to SFT: GRPO's in the loss, RLOO's reward"
+    )
     epsilon: float = Field(0.2, gt=0, lt=1, description="clip range of the ratio")
     num_iterations: int = Field(1, ge=1, description="optimizer steps on the same answers")
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step is computed")
@@ -159,7 +180,9 @@ class Rloo(Grouped):
 class Raft(Online, Tuned):
     """Reward-ranked fine-tuning (Dong et al. 2023): learn the best of num_generations answers to each prompt."""
 
-    beta: float = Field(0.0, ge=0, description="weight of the KL penalty on the reward by which the best is chosen")
+    beta: float = Field(
+        0.0, ge=0, le=1000, description="weight of the KL penalty on the reward by which the best is chosen"
+    )
 
 
 class RewardModel(Section):
@@ -169,16 +192,18 @@ class RewardModel(Section):
     path: str | None = Field(
         None, description="function: module:name or file.py:name; classifier: folder or hub id; http: the address"
     )
-    revision: str | None = Field(None, description="hub commit of a classifier")
+    revision: str | None = Field(None, min_length=1, description="hub commit of a classifier")
     batch_size: int = Field(32, ge=1, description="answers of one call, forward pass or request")
-    timeout: float = Field(30.0, gt=0, description="seconds that a request may take")
-    max_retries: int = Field(3, ge=0, description="of a request that failed, after 1, 2, 4, … seconds")
+    timeout: float = Field(30.0, gt=0, le=3600, description="seconds that a request may take")
+    max_retries: int = Field(3, ge=0, le=10, description="of a request that failed, after 1, 2, 4, … seconds")
 
     @model_validator(mode="after")
     def path_for_the_others(self) -> Self:
         if (self.source == "own") != (self.path is None):
             what = "needs a path" if self.path is None else f"has no path: leave {self.path!r} out"
             raise ValueError(f"source {self.source} {what}")
+        if self.revision is not None and self.source != "classifier":
+            raise ValueError(f"revision {self.revision!r} is of source classifier, not {self.source}")
         if self.source == "function" and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.path or ""):
             raise ValueError(f"path of a function is module:name or file.py:name (found {self.path!r})")
         if self.source == "http" and not re.match(r"https?://.", self.path or ""):

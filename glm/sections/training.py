@@ -29,14 +29,14 @@ class Training(Tuned):
     """
 
     learning_rate: float = Field(5e-5, gt=0, lt=1)
-    num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: by num_train_epochs")
+    num_train_epochs: float = Field(3.0, gt=0, le=10_000)
+    max_steps: int = Field(-1, ge=-1, le=10**9, description="optimizer steps; -1: by num_train_epochs")
     per_device_train_batch_size: int = Field(4, ge=1)
     per_device_eval_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=10)
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(100, ge=1, description="optimizer steps between two looks at the dev split")
@@ -46,7 +46,7 @@ class Training(Tuned):
         "adamw_torch_fused", description="AdamW, AdamW with moments in 8 bits, or Adafactor, which hardly has any"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, description="LoRA+: B's learning rate over A's (Hayou et al. 2024): 16, say"
+        None, ge=1, le=10_000, description="LoRA+: B's learning rate over A's (Hayou et al. 2024): 16, say"
     )
     packing: bool = Field(True, description="examples side by side in one row instead of padded to the longest")
     attn_implementation: Literal["auto", "varlen", "flex_attention", "flash_attention_2"] = Field(
@@ -55,17 +55,21 @@ class Training(Tuned):
     tokens_per_forward: int = Field(
         4096,
         ge=64,
+        le=2**24,
         description="tokens of one packed row; more is faster and takes memory, results stay",
     )
     tokens_per_step: int | None = Field(
-        None, ge=64, description="tokens of an optimizer step, in place of a number of examples; needs packing"
+        None,
+        ge=64,
+        le=2**30,
+        description="tokens of an optimizer step, in place of examples; needs packing",
     )
     fused_layers: bool = Field(
         True,
         description="packed Glm layers under a LoRA without dropout in fewer, cheaper steps, the last one only where "
         "the loss looks",
     )
-    torch_compile: bool | Literal["auto"] = Field(
+    torch_compile: Literal[True, False, "auto"] = Field(
         "auto", description="compile the decoder layers; auto: on a GPU, packed, if the run is long enough to gain"
     )
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
@@ -128,8 +132,10 @@ class Reward(Training):
 
     init: Literal["sft", "base"] = Field("sft", description="the model that it starts from")
     loss_type: Literal["pairwise", "plackett_luce"] = Field("pairwise", description="of rankings of more than two")
-    margin: float = Field(0.0, ge=0, description="by how much a better answer should score higher")
-    center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of the term that holds scores around 0")
+    margin: float = Field(0.0, ge=0, le=1000, description="by how much a better answer should score higher")
+    center_rewards_coefficient: float = Field(
+        0.0, ge=0, le=1000, description="weight of the term that holds scores around 0"
+    )
     share_prompt: bool = Field(True, description="packed answers of a ranking share the computation of their prompt")
 
     @model_validator(mode="after")

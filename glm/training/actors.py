@@ -9,40 +9,31 @@
 outside (`glm.training.external_reward`).
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from glm.config import Method, Sft
-from glm.errors import InputError
-from glm.generation import decode_step
-from glm.generation.decode import generate
 from glm.generation.remote_rollout import RemoteRollout
-from glm.generation.rollout import Decoder, Samples
-from glm.generation.shared_rollout import SharedDecoder
+from glm.generation.rollout import Samples
 from glm.models import lineage, methods
 from glm.models.adapters import causal_lm, half_precision, load_score
 from glm.models.chatglm1 import ChatGLMConfig
 from glm.models.packed_attention import VARLEN, attention_of, why_not_packed
 from glm.models.variants import Variants
 from glm.training.batch import Batch, Inputs, batch_of, inputs_of, packing_for
-from glm.training.distributed import from_first, shared_rows, world_size
+from glm.training.distributed import from_first, shared_rows
 from glm.training.fused_layer import Block, blocks_of, can_fuse, hidden_at, put_side_by_side
 from glm.training.layers import decoder_layers, forwards_are, run_layer
+from glm.training.sampling import Sampler, Sampling
+from glm.training.token_logprobs import token_logprobs
 
 FORWARD_TOKENS = 16384  # tokens of one forward pass without gradients
-LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,6 @@ class NewPolicy:
     shape: Sft
     below: tuple[str, ...] = ()
     copy_of: Path | None = None
-
-
-class Sampling(Protocol):
-    """The parameters by which answers are drawn: a section of params.yaml."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
 
 
 class Actors(nn.Module):
@@ -119,13 +99,8 @@ class Actors(nn.Module):
         fused = self.packed and plain and can_fuse(base, dropout=False)
         self.joint = put_side_by_side(self.layers) if fused else None  # before the decoder takes its weights
         self.blocks: dict[str, list[Block]] = {}
-        self.rollout = rollout
-        variant = self.variants.variants["policy"]
-        if rollout is not None and (len(variant.loras) != 1 or variant.prefix is not None or variant.weights):
-            raise InputError("rollout.engine vllm: takes a policy that is one LoRA on a model's own weights")
-        self.decoder = None if rollout else self._decoder(base)
-        known = self.decoder is not None or (rollout is not None and decode_step.supports(base))
-        self.compiled = base.device.type == "cuda" and known
+        self.sampler = Sampler(self.variants, rollout)
+        self.compiled = base.device.type == "cuda" and self.sampler.knows_policy
         self.run_layer: Callable[..., Tensor] | None = run_layer if fused else None  # None: the layers' own forward
         if self.compiled:
             torch._dynamo.config.recompile_limit = 32  # adapters, with and without gradient, fixed and moving shapes
@@ -164,21 +139,6 @@ class Actors(nn.Module):
         self.use("policy")
         self.variants.finish()
 
-    def _decoder(self, base: PreTrainedModel) -> Decoder | None:
-        """The fused decoder, if it can take the policy apart."""
-        if len(self.variants.variants["policy"].loras) < 2 and decode_step.supports(base):
-            return Decoder(self.model) if world_size() == 1 else SharedDecoder(self.model)
-        logger.info("ppo: the policy's answers come from transformers' generate: the fused decoder does not take it")
-        return None
-
-    def _fused(self, adapter: str) -> bool:
-        """Whether the decoder, which was made with the policy in place, is right for `adapter` too."""
-        policy, wanted = self.variants.variants["policy"], self.variants.variants[adapter]
-        same = wanted.weights.keys() == policy.weights.keys() and all(
-            wanted.weights[name] is policy.weights[name] for name in policy.weights
-        )
-        return same and wanted.prefix is policy.prefix and len(wanted.loras) < 2
-
     def sample(
         self,
         prompts: list[list[int]],
@@ -191,41 +151,14 @@ class Actors(nn.Module):
         Log-probabilities are those with which the decoder drew; of answers from elsewhere they are worked out here.
         """
         self.use(adapter)
-        if self.decoder is not None and self._fused(adapter):
-            return self.decoder.sample(
-                prompts,
-                tokenizer,
-                max_new_tokens=params.max_new_tokens,
-                batch_size=params.batch_size,
-                do_sample=True,
-                temperature=params.temperature,
-                value_head=self.value_head,
-            )
-        told = None
-        if self.rollout is not None and adapter == "policy":
-            assert isinstance(self.model, PeftModel)
-            answers, told = self.rollout.sample(
-                self.model,
-                adapter,
-                prompts,
-                tokenizer,
-                max_new_tokens=params.max_new_tokens,
-                temperature=params.temperature,
-            )
-        else:
-            answers = generate(  # by all processes alike: transformers draws for whole batches
-                self.model,
-                tokenizer,
-                prompts,
-                max_new_tokens=params.max_new_tokens,
-                batch_size=params.batch_size,
-                do_sample=True,
-                temperature=params.temperature,
-            )
-            answers = from_first(answers)
+        decoded = self.sampler.decode(prompts, tokenizer, params, self.value_head)
+        if decoded is not None:
+            return decoded
+        answers, told = self.sampler.generate(prompts, tokenizer, params)
         batch = batch_of(prompts, answers, self.model.device)
-        if self.rollout is not None and told is not None and not self.rollout.checked:
-            self.rollout.check(self.logprobs(adapter, batch, 1.0), told)
+        rollout = self.sampler.rollout
+        if rollout is not None and told is not None and not rollout.checked:
+            rollout.check(self.logprobs(adapter, batch, 1.0), told)
         with torch.no_grad():
             found = [self(adapter, part, params.temperature)[:2] for part in self.parts(batch)]
         logprobs, values = (torch.cat(part) for part in zip(*found, strict=True))
@@ -311,29 +244,3 @@ class Actors(nn.Module):
             forwards_are(self.run_layer, self.layers, blocks) if self.run_layer else nullcontext(),
         ):
             yield self.joint is not None
-
-
-def token_logprobs(
-    hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: float, *, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token [m] after the hidden states [m, hidden], and the distributions' entropies.
-
-    The logits are made a few at a time, and once more for the gradient, so that [m, vocabulary] never exists. Entropies
-    carry a gradient only if asked to.
-    """
-
-    def some(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / temperature
-        normalizer = logits.logsumexp(-1)
-        chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = normalizer - ((logits - normalizer[:, None]).exp() * logits).sum(-1)
-        return chosen, entropy
-
-    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    if len(tokens) <= size:
-        return some(hidden, tokens)
-    pairs = zip(hidden.split(size), tokens.split(size), strict=True)
-    parts = [checkpoint(some, states, ids, use_reentrant=False) for states, ids in pairs]
-    chosen, entropies = zip(*parts, strict=True)
-    return torch.cat(chosen), torch.cat(entropies)

@@ -36,13 +36,12 @@ def answer_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the log-probabilities of each answer's tokens [n], and its number of tokens [n], ranking after ranking."""
     parts = [
-        (ids[:start], ids[start:])
-        for ranking in rankings
+        (ids[:start], ids[start:], number)
+        for number, ranking in enumerate(rankings)
         for ids, start in zip(ranking["sequences"], ranking["starts"], strict=True)
     ]
-    prompts, answers = zip(*parts, strict=True)
-    sizes = [len(ranking["sequences"]) for ranking in rankings] if share_prompt else None
-    batch = batch_of(prompts, answers, actors.model.device, sizes)
+    prompts, answers, numbers = zip(*parts, strict=True)
+    batch = batch_of(prompts, answers, actors.model.device, list(numbers) if share_prompt else None)
     logprobs, _, _ = actors(adapter, batch, 1.0)
     return logprobs.sum(-1), batch.mask.sum(-1)
 

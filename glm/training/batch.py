@@ -5,7 +5,7 @@ The answers' tokens alone are looked at, so hidden states are asked for at the p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -26,19 +26,30 @@ class Batch:
     prompts: list[list[int]]
     answers: list[list[int]]
     mask: Tensor  # [n, a] 1.0 on answer tokens
-    rankings: list[int] | None = None  # how many answers in turn share the computation of their prompt
+    rankings: list[int] | None = None  # number of each sequence's ranking, whose answers may share their prompt
 
     def sizes(self) -> list[int]:
         """Tokens of each sequence, prompt and answer."""
         return [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
 
+    def ranking_sizes(self) -> list[int] | None:
+        """How many sequences in turn are of one ranking; None: prompts are not shared."""
+        return self.rankings and [len(list(same)) for _, same in groupby(self.rankings)]
+
     def rows(self, chosen: Sequence[int]) -> "Batch":
         """The sequences at the indices `chosen`."""
-        there = on_device(torch.tensor(chosen), self.mask.device)
-        return Batch([self.prompts[at] for at in chosen], [self.answers[at] for at in chosen], self.mask[there])
+        return Batch(
+            [self.prompts[at] for at in chosen],
+            [self.answers[at] for at in chosen],
+            self.mask[on_device(torch.tensor(chosen), self.mask.device)],
+            self.rankings and [self.rankings[at] for at in chosen],
+        )
 
     def parts(self, tokens: int, *, packed: bool) -> list["Batch"]:
-        """The sequences, in their order, in forward passes of at most `tokens` tokens, padding included."""
+        """The sequences, in their order, in forward passes of at most `tokens` tokens, padding included.
+
+        A prompt that could be shared counts for each of its answers.
+        """
         parts: list[list[int]] = [[]]
         filled = longest = 0
         for index, size in enumerate(self.sizes()):
@@ -57,7 +68,7 @@ def batch_of(
     device: torch.device,
     rankings: list[int] | None = None,
 ) -> Batch:
-    """Token ids of prompts and their answers."""
+    """Token ids of prompts and their answers; `rankings`: the number of the ranking that each is of."""
     lengths = torch.tensor([len(answer) for answer in answers])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
     return Batch(list(prompts), list(answers), on_device(mask, device), rankings)
@@ -82,7 +93,7 @@ def packing_for(config: Any, batch: Batch, *, compiled: bool) -> Packing:
         max_sequences=_up(len(batch.prompts), SEQUENCES) if compiled else len(batch.prompts),
         max_length=_up(max(batch.sizes()), LENGTHS) if compiled else max(batch.sizes()),
         prefix_lm=prefix_lm_of(config),
-        max_answers=max(batch.rankings) if batch.rankings else 1,
+        max_answers=max(batch.ranking_sizes() or [1]),
     )
 
 
@@ -99,7 +110,7 @@ def inputs_of(batch: Batch, packing: Packing | None, *, masked: bool) -> Inputs:
             del model["attention_mask"]
         starts = [row * max(sizes) for row in range(len(sequences))]
     else:
-        model = packed_row(sequences, packing, 0, batch.rankings)
+        model = packed_row(sequences, packing, 0, batch.ranking_sizes())
         starts = [0, *accumulate(sizes)][:-1]
     width, device = batch.mask.shape[1], batch.mask.device
     firsts = [start + len(prompt) - 1 for start, prompt in zip(starts, batch.prompts, strict=True)]

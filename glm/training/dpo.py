@@ -40,17 +40,15 @@ def train(
         actors.pad_rows()
     share_prompt = params.share_prompt
     size = ranking_size(actors, share_prompt=share_prompt)
-    steps = range(1, params.max_steps + 1)
-    needed = sorted({index for step in steps for index in batch_at(step, len(rankings), params.batch_size, seed)})
-    chosen = [rankings[index] for index in needed]
-    references = reference_logprobs(actors, chosen, params.tokens_per_forward, share_prompt=share_prompt)
+    needed = indices_needed(len(rankings), params, seed)
+    used = [rankings[index] for index in needed]
+    references = reference_logprobs(actors, used, params.tokens_per_forward, share_prompt=share_prompt)
     known = {
-        index: {**ranking, "reference": values}
-        for index, ranking, values in zip(needed, chosen, references, strict=True)
+        index: {**ranking, "reference": values} for index, ranking, values in zip(needed, used, references, strict=True)
     }
 
-    def gradients(step: int) -> dict[str, float]:
-        batch = [known[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
+    def gradients(chosen: list[int]) -> dict[str, float]:
+        batch = [known[index] for index in chosen]
         sums: dict[str, float] = {}
         for row in rows_of(batch, size, params.tokens_per_forward):
             logprobs, _ = answer_logprobs(actors, "policy", row, share_prompt=share_prompt)
@@ -72,7 +70,19 @@ def train(
             sums["loss"] = sums.get("loss", 0.0) + loss.item()
         return summed_numbers(sums, actors.model.device)
 
-    return run(actors, tokenizer, dev_prompts, params, gradients, seed=seed, **options)
+    return run(actors, tokenizer, dev_prompts, params, len(rankings), gradients, seed=seed, **options)
+
+
+def indices_needed(rows: int, params: Dpo, seed: int) -> list[int]:
+    """Which of the rows the training sees: a part of them where it ends within the first epoch.
+
+    Raises:
+        InputError: fewer rows than one batch.
+    """
+    if params.max_steps * params.batch_size >= rows >= params.batch_size:
+        return list(range(rows))
+    steps = range(1, params.max_steps + 1)
+    return sorted(index for step in steps for index in batch_at(step, rows, params.batch_size, seed))
 
 
 def dpo_loss(margins: Tensor, params: Dpo) -> Tensor:

@@ -58,7 +58,7 @@ def load(params: RewardModel) -> Score:
 
     Raises:
         InputError: now, if there is no such function or model; later, if a reward is missing or no finite number, or
-            the endpoint does not answer.
+            the endpoint does not answer. What a function itself raises goes through, with a note of where it came from.
     """
     path = params.path or ""
     if params.source == "function":
@@ -85,6 +85,8 @@ def check_rewards(rewards: Any, count: int, where: str) -> list[float]:
         InputError: they are not `count` finite numbers.
     """
     try:
+        if isinstance(rewards, str | dict):
+            raise TypeError
         values = [float(reward) for reward in rewards]
     except (TypeError, ValueError):
         raise InputError(f"reward_model {where}: expected {count} numbers, found {rewards!r:.200}") from None
@@ -97,43 +99,78 @@ def check_rewards(rewards: Any, count: int, where: str) -> list[float]:
 
 
 def load_function(path: str) -> Score:
-    """The function `module:name` or `file.py:name`: called as name(prompts, answers) with lists of texts."""
+    """The function `module:name` or `file.py:name`: called as name(prompts, answers) with lists of texts.
+
+    Raises:
+        InputError: there is no such module, file or function, or running the file fails.
+    """
     source, _, name = path.rpartition(":")
     module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"reward_model.path {path}: {source} has no function {name!r}; it has {', '.join(names)}")
-    return function
+
+    def score(prompts: list[str], answers: list[str]) -> list[float]:
+        try:
+            return function(prompts, answers)
+        except Exception as error:
+            error.add_note(f"reward_model.path {path} raised this, asked for {len(answers)} rewards")
+            raise
+
+    return score
 
 
 def load_classifier(path: str, revision: str | None = None) -> Score:
-    """A sequence classifier with one output, or the second of two, reading prompt and answer as a pair of texts.
+    """A sequence classifier with one output, or the second of two less the first.
 
-    It has its own tokenizer and runs on the GPU where there is one.
+    It has its own tokenizer, reads prompt and answer by its chat template, or as a pair of texts where it has none, and
+    runs on the GPU where there is one.
+
+    Raises:
+        InputError: there is no such model, it has other labels, or it was never trained to classify.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, revision=revision).eval()
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"reward_model.path {path}: no sequence classifier: {error}") from None
     if model.config.num_labels > 2:
         raise InputError(f"reward_model.path {path}: {model.config.num_labels} labels, not one, or bad and good")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"reward_model.path {path}: no trained classifier: its files have no {', '.join(missing)}, so that rewards "
+            "would be random"
+        )
+    if tokenizer.pad_token is None:  # of those that were causal LMs; what is padded is read at its last other token
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.chat_template:
+        tokenizer.truncation_side = "left"  # the answer is at the end
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
 
     @torch.no_grad()
     def score(prompts: list[str], answers: list[str]) -> list[float]:
-        inputs = tokenizer(
-            prompts, answers, padding=True, truncation="longest_first", max_length=longest, return_tensors="pt"
-        )
+        texts: tuple[list[str], ...] = (prompts, answers)
+        if tokenizer.chat_template:
+            texts = ([_chat(tokenizer, *each) for each in zip(prompts, answers, strict=True)],)
+        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+        inputs = tokenizer(*texts, **options, add_special_tokens=not tokenizer.chat_template)
         logits = model(**inputs.to(model.device)).logits.float()
         # of two labels, how much more likely "good" is than "bad"
         return (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
 
     return score
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(said, tokenize=False)
 
 
 def endpoint(url: str, timeout: float, max_retries: int) -> Score:
@@ -179,5 +216,8 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"reward_model.path: {path} cannot be run: {type(error).__name__}: {error}") from error
     return module

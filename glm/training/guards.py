@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 def say_what_comes(model: Tunable, method: Method, params: Training, plan: Plan, *, stage: str) -> None:
-    """Log parameters, steps, tokens and memory of a training, and warn of a learning rate that cannot be meant."""
+    """Log parameters, steps, tokens and a process's memory, and warn of a learning rate that cannot be meant."""
     trained, total = trainable_count(model)
     causal = causal_lm(model)
-    state = optimizer_bytes(model, params.optim)
+    state = optimizer_bytes(model, params.optim) // plan.holders
     how: dict[str, Any] = {"compiled": plan.compiled, "copied_keys": plan.copied_keys}
     step = memory_estimate(causal, plan.row_tokens, state, plan.checkpointing, **how)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) // plan.holders
     logger.info(
         "%s: %s trains %s of %s parameters (%.3f %%); %d steps; %s tokens an epoch; about %.2f GB: weights %.2f, "
         "a step %.2f",

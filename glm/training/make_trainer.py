@@ -4,13 +4,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from glm.config import Reward, Sft, Strategy, Training
+from glm.config import Reward, Sft, Training
 from glm.models.packed_attention import attention_of
 from glm.training.checkpoint import Checkpoints
 from glm.training.distributed import world_size
@@ -24,6 +24,15 @@ from glm.training.trainer import Collator, Log, Progress, StepTrainer
 from glm.training.zero3 import Zero3Trainer
 
 
+class Surroundings(TypedDict, total=False):
+    """Where a training's points go and where it is kept: what SFT and reward model hand through to their trainer."""
+
+    log: Required[Log]
+    log_speed: Required[Log]
+    progress: Required[Progress]
+    checkpoints: Checkpoints | None
+
+
 @contextmanager
 def trainer_for(
     loss: nn.Module,
@@ -33,26 +42,18 @@ def trainer_for(
     plan: Plan,
     *,
     seed: int,
-    log: Log,
-    log_speed: Log,
-    progress: Progress,
-    checkpoints: Checkpoints | None,
-    strategy: Strategy = "ddp",
+    **surroundings: Unpack[Surroundings],
 ) -> Iterator[StepTrainer]:
     """A trainer of `loss`; inside, the layers and the attention of its model are as planned.
 
-    In one of several processes it is a `RankTrainer`: method full is spread by `strategy`, the others by DDP.
+    In one of several processes it is a `RankTrainer`, of the plan's strategy.
     """
     trainer_class: type[StepTrainer] = StepTrainer
-    shared_out = False
     if world_size() > 1:
-        trainer_class = {"ddp": RankTrainer, "fsdp": FsdpTrainer, "deepspeed_zero3": Zero3Trainer}[strategy]
-        if params.method != "full":
-            trainer_class = RankTrainer
-        shared_out = trainer_class is not RankTrainer
+        trainer_class = {"ddp": RankTrainer, "fsdp": FsdpTrainer, "deepspeed_zero3": Zero3Trainer}[plan.strategy]
         collator = Share(collator, plan.packing)
         torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one; there is no graph to cut in parts
-    with lent(loss) if shared_out else nullcontext(loss) as trained:
+    with lent(loss) if plan.holders > 1 else nullcontext(loss) as trained:
         causal = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
         with (
             tempfile.TemporaryDirectory() as scratch,
@@ -66,10 +67,10 @@ def trainer_for(
                 eval_dataset=dev_set or None,
                 data_collator=collator,
                 eval_batch_size=params.per_device_eval_batch_size,
-                log=log,
-                log_speed=log_speed,
-                progress=progress,
-                checkpoints=checkpoints,
+                checkpoints=surroundings.get("checkpoints"),
+                log=surroundings["log"],
+                log_speed=surroundings["log_speed"],
+                progress=surroundings["progress"],
                 flops=flops_per_token(causal) / world_size(),  # of this GPU
                 loraplus_lr_ratio=params.loraplus_lr_ratio,
             )
@@ -107,7 +108,7 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},  # else the copy of a batch waits for the step before
-        # method full has weights that the reward model does not use: the vocabulary head's
+        # method full has weights that a step may not use: experts to which none of its tokens went
         ddp_find_unused_parameters=params.method == "full",
         use_cpu=not on_gpu,
         report_to="none",

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from glm.config import Training
+from glm.config import Strategy, Training
 from glm.data.cache import TokenizedRows
 from glm.data.packing import PackedRows, pack
 from glm.errors import InputError
 from glm.models.adapters import causal_lm
 from glm.models.methods import Tunable
 from glm.models.packed_attention import VARLEN, packed_implementation, why_not_packed
+from glm.training.distributed import world_size
 from glm.training.fused_layer import can_fuse
 from glm.training.layers import Checkpointing, choose_checkpointing, optimizer_bytes
 from glm.training.packing import Packing, own_lengths, prefix_lm_of
@@ -49,6 +50,8 @@ class Plan:
     row_tokens: int
     epoch_tokens: int
     steps: int
+    strategy: Strategy  # of several processes
+    holders: int  # processes that share weights, gradients and moments out among them
 
 
 def plan(
@@ -59,12 +62,14 @@ def plan(
     *,
     stage: str,
     seed: int,
+    strategy: Strategy = "ddp",
     share_prompt: bool = False,
 ) -> Plan:
     """Decide on packing, compiling and checkpointing for training `model` on `examples`, and log the choice.
 
-    `share_prompt`: the answers of a ranking may share the computation of their prompt. They do if rows are packed, the
-    attention is varlen, and it spares enough.
+    `strategy` is for method full in several processes; all else is trained by DDP. `share_prompt`: the answers of a
+    ranking may share the computation of their prompt. They do if rows are packed, the attention is varlen, and it
+    spares enough.
     """
     base = causal_lm(model)
     on_gpu = base.device.type == "cuda"
@@ -110,11 +115,12 @@ def plan(
         tokens = params.per_device_train_batch_size * max(map(len, by_example)) * longest
     copied = tokens * (whole - sum(lengths)) // sum(lengths)
 
+    holders = world_size() if params.method == "full" and strategy != "ddp" else 1
     checkpointing = params.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = "none"
-        if on_gpu:
-            state = optimizer_bytes(model, params.optim)
+        if on_gpu:  # what sharing out the weights will free is left for the layers that are gathered
+            state = optimizer_bytes(model, params.optim) // holders
             free = free_memory()
             checkpointing = choose_checkpointing(base, tokens, state, compiled=compiled, free=free, copied_keys=copied)
     fused = params.fused_layers and obstacle is None and can_fuse(base)
@@ -133,6 +139,8 @@ def plan(
         row_tokens=tokens,
         epoch_tokens=sum(lengths),
         steps=total,
+        strategy=strategy if holders > 1 else "ddp",
+        holders=holders,
     )
     words = _in_words(found, len(examples), sum(lengths), obstacle)
     if share_prompt and packing is not None:

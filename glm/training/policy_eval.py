@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from glm.data.encode import end_id
 from glm.errors import InputError
-from glm.training.actors import Actors, Sampling
+from glm.training.actors import Actors
 from glm.training.batch import batch_of
+from glm.training.sampling import Sampling
 from glm.training.trainer import Log
 
 
@@ -122,15 +123,20 @@ def evaluate(
 
 
 def summary(judged: Judged, end: int) -> dict[str, float]:
-    """Means over the answers.
+    """What the answers are like, in the same words for all algorithms.
 
-    `reward` and its `reward_std`, `kl` (nats an answer from the adapter "reference"), `response_length` in tokens,
-    `truncated` (share that did not end within max_new_tokens), `repetition`.
+    `reward` (mean), its standard deviation `reward_std` and distribution (`reward_p10` …: a tenth of the answers is
+    below), `kl` (mean, nats an answer from the adapter "reference"), `response_length` in tokens, `truncated` (share
+    that did not end within max_new_tokens), `repetition`.
     """
-    answers = judged.answers
+    answers, rewards = judged.answers, judged.rewards.float()
+    tenth, median, last_tenth = rewards.quantile(rewards.new_tensor([0.1, 0.5, 0.9])).tolist()
     return {
-        "reward": judged.rewards.mean().item(),
-        "reward_std": judged.rewards.std().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "reward_p10": tenth,
+        "reward_p50": median,
+        "reward_p90": last_tenth,
         "kl": judged.kl.mean().item(),
         "response_length": sum(map(len, answers)) / len(answers),
         "truncated": sum(answer[-1] != end for answer in answers) / len(answers),

@@ -1,8 +1,9 @@
 """The loop that DPO, RRHF and RAFT share: optimizer, schedule, looks at held-out prompts, checkpoints.
 
-    def gradients(step):    # adds the gradient of this process's share of a step's loss, returns numbers for the curves
+    def gradients(chosen):    # adds the gradient of this process's share of the loss of the rows at these indices
         ...
-    numbers = run(actors, tokenizer, dev_prompts, params, gradients, seed=…, log=…, …)
+        return numbers        # for the curves
+    numbers = run(actors, tokenizer, dev_prompts, params, len(rows), gradients, seed=…, log=…, …)
 
 PPO has a loop of its own (`glm.training.ppo`), TRL's trainers theirs (`glm.training.trl_policy`).
 """
@@ -23,7 +24,7 @@ from glm.training.distributed import sum_gradients
 from glm.training.policy_eval import Show, Watch
 from glm.training.trainer import Log, Progress
 
-Gradients = Callable[[int], dict[str, float]]
+Gradients = Callable[[list[int]], dict[str, float]]
 
 
 def run(
@@ -31,6 +32,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     dev_prompts: list[list[int]],
     params: Rival,
+    rows: int,
     gradients: Gradients,
     *,
     seed: int,
@@ -40,17 +42,18 @@ def run(
     show: Show | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
-    """Train the policy adapter in place for `params.max_steps` optimizer steps.
+    """Train the policy adapter in place for `params.max_steps` optimizer steps on batches of `rows` rows.
 
     Every `eval_steps` the policy is looked at on `dev_prompts` (eval_reward, eval_kl, …). Returns reward, KL, length
     before and after. With `checkpoints` the state is saved every `save_steps`, and a training that finds one there goes
-    on from it: on the CPU the result is bit for bit that of an unbroken run, if `gradients` depends on the step, the
+    on from it: on the CPU the result is bit for bit that of an unbroken run, if `gradients` depends on the rows, the
     policy and torch's generators only. Points logged before the break are logged again.
 
     Raises:
-        InputError: no dev prompts.
+        InputError: fewer rows than one batch, or no dev prompts.
         FloatingPointError: the gradient became NaN or infinite.
     """
+    batch_at(1, rows, params.batch_size, seed)  # refuses before anything is computed
     watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
     policy = list(actors.policy.values())
     optimizer = torch.optim.AdamW(policy, lr=params.learning_rate, weight_decay=0.0)
@@ -67,7 +70,8 @@ def run(
     for step in range(done + 1, params.max_steps + 1):
         started = time.perf_counter()
         optimizer.zero_grad()
-        numbers = gradients(step) | {"learning_rate": schedule.get_last_lr()[0]}
+        numbers = gradients(batch_at(step, rows, params.batch_size, seed))
+        numbers["learning_rate"] = schedule.get_last_lr()[0]
         sum_gradients(policy)
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy, params.max_grad_norm).item()
         if not torch.isfinite(torch.tensor(numbers["grad_norm"])):

@@ -6,6 +6,7 @@ log-probability with which the rollout really drew the token, so that the roundi
 training forward is an importance weight like any other (`rollout_gap` says how large it is).
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -23,7 +24,7 @@ from glm.training.actors import Actors
 from glm.training.batch import Batch, batch_of, on_device
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
 from glm.training.distributed import deal, rank, sum_gradients, summed, world_size
-from glm.training.policy_eval import Show, Watch, repetition
+from glm.training.policy_eval import Judged, Show, Watch, summary
 from glm.training.ppo_terms import (
     ScoreScale,
     adapted_kl_coef,
@@ -39,6 +40,8 @@ from glm.training.ppo_terms import (
 )
 from glm.training.trainer import Log, Progress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Experience:
@@ -50,7 +53,6 @@ class Experience:
     values: Tensor  # [n, a]
     reference: Tensor  # [n, a] log-probabilities
     scores: Tensor  # [n] of the reward model, as they are
-    cut: Tensor  # [n] the answer did not end within max_new_tokens
     advantages: Tensor  # [n, a]
     returns: Tensor  # [n, a]
 
@@ -85,9 +87,10 @@ def train(
     if len(prompts) < params.batch_size:
         raise InputError(f"ppo.batch_size {params.batch_size} is more than the {len(prompts)} training prompts")
     watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
-    if actors.decoder is not None and actors.decoder.on_gpu:
+    decoder = actors.sampler.decoder
+    if decoder is not None and decoder.on_gpu:
         longest = max(map(len, [*prompts, *dev_prompts]))
-        actors.decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)
+        decoder.reserve(params.batch_size, longest + params.max_new_tokens, params.max_new_tokens)
     optimizer = torch.optim.AdamW(actors.trained, lr=params.learning_rate, weight_decay=0.0)
     order = _endless(len(prompts), params.batch_size, seed)
     kl_coef, scale, first_step = params.kl_coef, ScoreScale(), 1
@@ -115,7 +118,7 @@ def train(
         if log_speed:
             seconds = {"generate_seconds": answered - started, "learn_seconds": time.perf_counter() - answered}
             log_speed(step, seconds | {"examples_per_second": len(asked) / sum(seconds.values())})
-        numbers = report(experience, losses, kl_coef)
+        numbers = report(experience, losses, kl_coef, end_id(tokenizer))
         if params.kl_target is not None:
             kl_coef = adapted_kl_coef(
                 kl_coef, numbers["kl"], params.kl_target, params.kl_horizon, len(experience.answers)
@@ -126,6 +129,11 @@ def train(
         watch.record(step, numbers)
         progress(step, params.max_steps)
         if runaway:
+            logger.warning(
+                "ppo: stopped at step %d of %d: %.1f nats a response away from SFT are more than kl_stop %g: lower "
+                "learning_rate or raise kl_coef",
+                *(step, params.max_steps, numbers["kl"], params.kl_stop),
+            )
             break
         if checkpoints and step % params.save_steps == 0 and step < params.max_steps:
             reached = watch.state() | {"kl_coef": kl_coef, "scale": astuple(scale)}
@@ -168,7 +176,6 @@ def assess(
         samples.values,
         reference,
         scores,
-        cut,
         whiten(advantages, batch.mask),
         returns,
     )
@@ -235,35 +242,30 @@ def _loss(
         "value_loss": value_loss,
         "entropy": entropy,
         "clip_fraction": clip_fraction,
+        "approx_kl": masked_mean(kl_penalty(old_logprobs, logprobs, "k3"), part.mask),
         "gap": masked_mean((logprobs - old_logprobs).abs(), part.mask),
     }
     return policy_loss + params.vf_coef * value_loss - params.entropy_coef * entropy, terms
 
 
-def report(experience: Experience, losses: dict[str, float], kl_coef: float) -> dict[str, float]:
+def report(experience: Experience, losses: dict[str, float], kl_coef: float, end: int) -> dict[str, float]:
     """The numbers of one step, for the curves.
 
-    The reward's mean, spread and distribution (`reward_p10` …: a tenth of the answers is below); KL to the reference in
-    nats a response (estimates k1 and k3) and its coefficient; the share of responses cut at max_new_tokens; and the
-    means of the update: losses, entropy, share of clipped tokens, gradient norm. `rollout_gap` is the mean difference
-    of log-probabilities between rollout and training forward before the first update.
+    Those of `summary`, of the answers that were learned from; the KL to the reference by k3 besides (`kl_k3`) and its
+    coefficient; and the means over the update: losses, entropy, share of clipped tokens, gradient norm, and
+    `approx_kl`, how far the update went from the policy that drew the answers (k3, nats a token). `rollout_gap` is the
+    mean difference of log-probabilities between rollout and training forward before the first update.
     """
-    batch, scores = experience.batch, experience.scores
-    tenth, median, last_tenth = scores.quantile(torch.tensor([0.1, 0.5, 0.9], device=scores.device)).tolist()
-    return losses | {
-        "reward": scores.mean().item(),
-        "reward_std": scores.std().item(),
-        "reward_p10": tenth,
-        "reward_p50": median,
-        "reward_p90": last_tenth,
-        "kl": (experience.logprobs - experience.reference).sum(-1).mean().item(),
-        "kl_k3": k3(experience.logprobs, experience.reference, batch.mask).mean().item(),
-        "kl_coef": kl_coef,
-        "explained_variance": explained_variance(experience.values, experience.returns, batch.mask),
-        "response_length": batch.mask.sum(-1).mean().item(),
-        "truncated": experience.cut.mean().item(),
-        "repetition": repetition(experience.answers),
-    }
+    mask, kl = experience.batch.mask, (experience.logprobs - experience.reference).sum(-1)
+    return (
+        losses
+        | summary(Judged(experience.answers, experience.scores, kl), end)
+        | {
+            "kl_k3": k3(experience.logprobs, experience.reference, mask).mean().item(),
+            "kl_coef": kl_coef,
+            "explained_variance": explained_variance(experience.values, experience.returns, mask),
+        }
+    )
 
 
 def _state(actors: Actors, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

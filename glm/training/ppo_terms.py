@@ -104,17 +104,25 @@ class ScoreScale:
     squares: float = 0.0  # sum of squared distances from the mean
 
     def normalised(self, scores: torch.Tensor) -> torch.Tensor:
-        """Take the scores [n] in, and return them less the mean, divided by the standard deviation."""
-        count, mean = len(scores), scores.mean().item()
+        """Take the scores [n] in, and return them less the mean, divided by the standard deviation.
+
+        In float64: of equal scores, float32 would make a spread of rounding, and divide by it.
+        """
+        exact = scores.double()
+        count, mean = len(scores), exact.mean().item()
         distance, total = mean - self.mean, self.count + count
-        self.squares += ((scores - mean) ** 2).sum().item() + distance**2 * self.count * count / total
+        self.squares += ((exact - mean) ** 2).sum().item() + distance**2 * self.count * count / total
         self.mean += distance * count / total
         self.count = total
-        return (scores - self.mean) / ((self.squares / total) ** 0.5 + 1e-8)
+        return ((exact - self.mean) / ((self.squares / total) ** 0.5 + 1e-8)).to(scores.dtype)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over tokens: 1 is a perfect value function, 0 a constant one."""
+    """1 - Var(returns - values) / Var(returns) over tokens: 1 is a perfect value function, 0 a constant one.
+
+    0 too where all returns are equal, so that there is nothing to explain.
+    """
     chosen = mask.bool()
-    spread = returns[chosen].var()
-    return (1 - (returns - values)[chosen].var() / (spread + 1e-8)).item()
+    spread = returns[chosen].var(correction=0)
+    left = (returns - values)[chosen].var(correction=0)
+    return (1 - left / spread).item() if spread > 1e-12 else 0.0

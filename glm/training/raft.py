@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from glm.config import Raft
+from glm.data.encode import end_id
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.distributed import rank, summed_numbers, world_size
-from glm.training.policy_eval import repetition
-from glm.training.policy_loop import batch_at, run
+from glm.training.policy_eval import Judged, summary
+from glm.training.policy_loop import run
 
 
 def train(
@@ -30,14 +31,12 @@ def train(
 ) -> dict[str, float]:
     """Train the policy adapter in place on `prompts`; see `policy_loop.run` for the rest and the options.
 
-    Curves: `reward` and `reward_std` of all answers, `best_reward` of those that are learned, their `loss` in nats a
-    token, `kl` (k1, nats an answer), `response_length`, `repetition`.
+    Curves: `policy_eval.summary` of all answers, `best_reward` of those that are learned, their `loss` in nats a token.
     """
     count = params.num_generations
 
-    def gradients(step: int) -> dict[str, float]:
-        asked = [prompts[index] for index in batch_at(step, len(prompts), params.batch_size, seed)]
-        repeated = [prompt for prompt in asked for _ in range(count)]
+    def gradients(chosen: list[int]) -> dict[str, float]:
+        repeated = [prompts[index] for index in chosen for _ in range(count)]
         samples = actors.sample(repeated, tokenizer, params)
         batch = batch_of(repeated, samples.answers, actors.model.device)
         scores = actors.score(batch)
@@ -50,16 +49,12 @@ def train(
             part_loss = -logprobs.sum() / tokens
             part_loss.backward()
             loss += part_loss.item()
-        return summed_numbers({"loss": loss}, scores.device) | {
-            "reward": scores.mean().item(),
-            "reward_std": scores.std().item(),
-            "best_reward": scores[best].mean().item(),
-            "kl": kl.mean().item(),
-            "response_length": batch.mask.sum(-1).mean().item(),
-            "repetition": repetition(samples.answers),
-        }
+        numbers = summed_numbers({"loss": loss}, scores.device) | summary(
+            Judged(samples.answers, scores, kl), end_id(tokenizer)
+        )
+        return numbers | {"best_reward": scores[best].mean().item()}
 
-    return run(actors, tokenizer, dev_prompts, params, gradients, seed=seed, **options)
+    return run(actors, tokenizer, dev_prompts, params, len(prompts), gradients, seed=seed, **options)
 
 
 def best_of(rewards: torch.Tensor, count: int) -> torch.Tensor:

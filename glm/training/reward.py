@@ -4,9 +4,10 @@ The score of a sequence is the head's value at its last token, the answer's end.
 `glm.training.ranking_loss`. Packed, the answers of a ranking share the computation of their prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,13 @@ from glm.data.collate import pad_ids
 from glm.models import methods
 from glm.models.adapters import load_lora, load_score, trainable_count
 from glm.models.methods import Tunable
-from glm.training.checkpoint import Checkpoints
 from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
-from glm.training.make_trainer import trainer_for
+from glm.training.make_trainer import Surroundings, trainer_for
 from glm.training.packing import Packing, packed_row, step_rows, token_count
 from glm.training.plan import plan
 from glm.training.ranking_loss import ranking_loss
-from glm.training.trainer import Log, Progress, require_rows
+from glm.training.trainer import require_rows
 
 
 class RewardModel(nn.Module):
@@ -104,18 +104,15 @@ def train(
     *,
     shape: Sft,
     seed: int,
-    log: Log,
-    log_speed: Log,
-    progress: Progress,
     start: Path | None = None,
-    checkpoints: Checkpoints | None = None,
     strategy: Strategy = "ddp",
+    **surroundings: Unpack[Surroundings],
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train by `params.method` on examples of `sequences` (token ids of prompt + answer, best answer first).
 
     What is trained starts as a copy of the folder `start`, or fresh in the given `shape` where that is None; the head
     starts at zero, so that the first scores are all 0 and the first loss is log 2. Returns the model and `accuracy`,
-    `margin`, `eval_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`. With
+    `margin`, `pairwise_loss` on `dev_set`, `train_loss`, `steps`, `trainable_parameters`, `trainable_percent`. With
     `checkpoints` a killed run goes on, see `StepTrainer`.
 
     Raises:
@@ -127,26 +124,20 @@ def train(
     score = nn.Linear(model.config.hidden_size, 1, bias=False)
     nn.init.zeros_(score.weight)
     reward_model = RewardModel(backbone, score)
-    trained, total = trainable_count(reward_model)
-    sharing: dict[str, Any] = {"share_prompt": params.share_prompt, "stage": "reward", "seed": seed}
-    steps = plan(backbone, train_set, lambda example: example["sequences"], params, **sharing)
-    say_what_comes(backbone, params.method, params, steps, stage="reward")
-    loss = RewardLoss(reward_model, params, fused=steps.fused)
-    collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
-    with trainer_for(
-        loss,
-        collator,
-        dev_set,
-        params,
-        steps,
-        seed=seed,
-        log=log,
-        log_speed=log_speed,
-        progress=progress,
-        checkpoints=checkpoints,
-        strategy=strategy,
-    ) as trainer:
-        trainer.run()
+    options: dict[str, Any] = {
+        "stage": "reward",
+        "seed": seed,
+        "strategy": strategy,
+        "share_prompt": params.share_prompt,
+    }
+    with without_head(backbone):
+        trained, total = trainable_count(reward_model)
+        steps = plan(backbone, train_set, lambda example: example["sequences"], params, **options)
+        say_what_comes(backbone, params.method, params, steps, stage="reward")
+        loss = RewardLoss(reward_model, params, fused=steps.fused)
+        collator = RankingCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
+        with trainer_for(loss, collator, dev_set, params, steps, seed=seed, **surroundings) as trainer:
+            trainer.run()
     methods.finish(backbone, params.method)
     numbers = {
         "train_loss": trainer.train_loss,
@@ -157,6 +148,23 @@ def train(
     if dev_set:
         numbers |= evaluate(reward_model.eval(), tokenizer, dev_set, params.per_device_eval_batch_size)
     return reward_model, numbers
+
+
+@contextmanager
+def without_head(backbone: Tunable) -> Iterator[None]:
+    """Inside, the vocabulary head is not trained, whatever the method: scores do not come from it.
+
+    Where it has weights of its own, that is. ZeRO takes a gradient that is not there for zero, and decays the weight.
+    """
+    head, embedding = backbone.get_output_embeddings(), backbone.get_input_embeddings()
+    resting = [weight for weight in head.parameters() if weight.requires_grad and weight is not embedding.weight]
+    for weight in resting:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in resting:
+            weight.requires_grad_(True)
 
 
 def pairwise_loss(scores: Tensor, sizes: list[int]) -> Tensor:
@@ -176,12 +184,15 @@ def evaluate(
 
 
 def ranking_metrics(scores: Tensor, sizes: list[int]) -> dict[str, float]:
-    """`accuracy` (share of answer pairs in the right order), `margin` (mean score difference), `eval_loss`."""
+    """What held-out rankings say of a reward model, whatever it was trained by.
+
+    `accuracy`: share of answer pairs in the right order; `margin`: mean score difference; `pairwise_loss`: see there.
+    """
     margins = torch.cat([_margins(ranking) for ranking in scores.split(sizes)])
     return {
         "accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "eval_loss": pairwise_loss(scores, sizes).item(),
+        "pairwise_loss": pairwise_loss(scores, sizes).item(),
     }
 
 

@@ -17,7 +17,7 @@ from glm.config import Rrhf
 from glm.training.actors import Actors
 from glm.training.answer_logprobs import Ranking, answer_logprobs, ranking_size, rows_of
 from glm.training.distributed import summed_numbers
-from glm.training.policy_loop import batch_at, run
+from glm.training.policy_loop import run
 
 
 def train(
@@ -39,8 +39,8 @@ def train(
     share_prompt = params.share_prompt
     size = ranking_size(actors, share_prompt=share_prompt)
 
-    def gradients(step: int) -> dict[str, float]:
-        batch = [rankings[index] for index in batch_at(step, len(rankings), params.batch_size, seed)]
+    def gradients(chosen: list[int]) -> dict[str, float]:
+        batch = [rankings[index] for index in chosen]
         sums: dict[str, float] = {}
         for row in rows_of(batch, size, params.tokens_per_forward):
             logprobs, lengths = answer_logprobs(actors, "policy", row, share_prompt=share_prompt)
@@ -54,7 +54,7 @@ def train(
             sums["loss"] = sums.get("loss", 0.0) + loss.item()
         return summed_numbers(sums, actors.model.device)
 
-    return run(actors, tokenizer, dev_prompts, params, gradients, seed=seed, **options)
+    return run(actors, tokenizer, dev_prompts, params, len(rankings), gradients, seed=seed, **options)
 
 
 def rrhf_terms(means: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,13 @@ from glm.errors import InputError
 from glm.models import methods
 from glm.models.adapters import causal_lm, half_precision, trainable_count
 from glm.models.methods import Tunable
-from glm.training.checkpoint import Checkpoints
 from glm.training.fused_layer import hidden_at
 from glm.training.guards import say_what_comes
 from glm.training.loss import cross_entropy_sum, label_positions
-from glm.training.make_trainer import trainer_for
+from glm.training.make_trainer import Surroundings, trainer_for
 from glm.training.packing import Packing, packed_row, step_rows
 from glm.training.plan import plan
-from glm.training.trainer import Log, Progress, require_rows
+from glm.training.trainer import require_rows
 
 
 class SftLoss(nn.Module):
@@ -125,12 +124,9 @@ def train(
     params: Sft,
     *,
     seed: int,
-    log: Log,
-    log_speed: Log,
-    progress: Progress,
     start: Path | None = None,
-    checkpoints: Checkpoints | None = None,
     strategy: Strategy = "ddp",
+    **surroundings: Unpack[Surroundings],
 ) -> tuple[Tunable, dict[str, float]]:
     """Train `model` by `params.method` on examples of `input_ids` and `labels`; returns it with the run's numbers.
 
@@ -145,23 +141,12 @@ def train(
     require_rows(train_set, "SFT")
     tuned = methods.start(model, params.method, params, start)
     trained, total = trainable_count(tuned)
-    steps = plan(tuned, train_set, lambda example: [example["input_ids"]], params, stage="sft", seed=seed)
+    options: dict[str, Any] = {"stage": "sft", "seed": seed, "strategy": strategy}
+    steps = plan(tuned, train_set, lambda example: [example["input_ids"]], params, **options)
     say_what_comes(tuned, params.method, params, steps, stage="sft")
     loss = SftLoss(tuned, params.neftune_noise_alpha, fused=steps.fused, compiled=steps.compiled)
     collator = SftCollator(tokenizer.pad_token_id, steps.packing, params.per_device_train_batch_size)
-    with trainer_for(
-        loss,
-        collator,
-        dev_set,
-        params,
-        steps,
-        seed=seed,
-        log=log,
-        log_speed=log_speed,
-        progress=progress,
-        checkpoints=checkpoints,
-        strategy=strategy,
-    ) as trainer:
+    with trainer_for(loss, collator, dev_set, params, steps, seed=seed, **surroundings) as trainer:
         trainer.run()
         after = trainer.evaluate()["eval_loss"] if dev_set else None
     methods.finish(tuned, params.method)

@@ -44,6 +44,25 @@ def test_gae_of_a_padded_row_is_that_of_the_row_alone() -> None:
     assert (padded[:, 3:] == 0).all() and (returns[:, 3:] == 0).all()
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_gae_is_the_sum_of_discounted_errors_for_answers_of_any_length(gamma: float, lam: float) -> None:
+    """Eq. 16 as it stands, A_t = Σ (γλ)^l δ_{t+l}, of each answer by itself."""
+    lengths = [1, 5, 2]
+    draw = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(3, 5, generator=draw), torch.randn(3, 5, generator=draw)
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
+    wanted = torch.zeros(3, 5)
+    for row, length in enumerate(lengths):
+        v = [*values[row, :length].tolist(), 0.0]
+        errors = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            wanted[row, t] = sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, length))
+    advantages, returns = ppo_terms.gae(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, wanted)
+    torch.testing.assert_close(returns, (wanted + values) * mask)
+
+
 def test_with_lambda_and_gamma_one_the_return_is_the_sum_of_rewards_to_come() -> None:
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.randn(1, 3)
     _, returns = ppo_terms.gae(rewards, values, ONES, 1.0, 1.0)
@@ -107,7 +126,8 @@ def test_explained_variance() -> None:
     returns = torch.tensor([[1.0, 2.0, 3.0]])
     assert ppo_terms.explained_variance(returns, returns, ONES) == pytest.approx(1)
     assert ppo_terms.explained_variance(torch.full((1, 3), 7.0), returns, ONES) == pytest.approx(0)
-    assert math.isfinite(ppo_terms.explained_variance(returns, torch.full((1, 3), 2.0), ONES))
+    assert ppo_terms.explained_variance(returns, torch.full((1, 3), 2.0), ONES) == 0
+    assert ppo_terms.explained_variance(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1)) == 0
 
 
 def test_kl_estimators_by_hand() -> None:
@@ -130,3 +150,11 @@ def test_running_normalisation_is_that_of_all_scores_together() -> None:
         last = scale.normalised(part)
     assert scale.mean == pytest.approx(scores.mean().item(), rel=1e-5)
     torch.testing.assert_close(last, ((scores - scores.mean()) / scores.std(correction=0))[40:], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_scores_and_advantages_become_nothing() -> None:
+    """As where every answer was cut, or a function always says the same: rounding must not pass for a difference."""
+    scale = ppo_terms.ScoreScale()
+    for count in (1, 33, 32):
+        assert scale.normalised(torch.full((count,), 0.1)).abs().max() < 1e-6
+    assert ppo_terms.whiten(torch.full((3, 7), 0.1), torch.ones(3, 7)).abs().max() < 1e-3

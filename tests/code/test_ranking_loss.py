@@ -1,6 +1,7 @@
 """The reward model's losses by hand."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -40,3 +41,10 @@ def test_centring_is_zero_for_centred_pairs() -> None:
 def test_a_margin_belongs_to_pairs() -> None:
     with pytest.raises(ValueError, match=r"margin 1\.0 is of loss_type pairwise"):
         Reward(loss_type="plackett_luce", margin=1.0)
+
+
+def test_plackett_luce_is_a_distribution_over_orders() -> None:
+    scores = torch.tensor([0.3, -1.2, 2.0, 0.1])
+    params = Reward(loss_type="plackett_luce")
+    orders = [scores[list(order)] for order in permutations(range(4))]
+    assert sum(math.exp(-3 * ranking_loss(order, params).item()) for order in orders) == pytest.approx(1, abs=1e-5)

@@ -108,6 +108,8 @@ def test_a_python_function(tmp_path: Path) -> None:
     file.write_text(
         "def length(prompts, answers):\n    return [len(p) + len(a) for p, a in zip(prompts, answers)]\n"
         "def none(prompts, answers):\n    return None\n"
+        "def words(prompts, answers):\n    return '1'\n"
+        "def fails(prompts, answers):\n    return [1 / 0]\n"
     )
 
     def function(path: str) -> RewardModel:
@@ -117,8 +119,17 @@ def test_a_python_function(tmp_path: Path) -> None:
     assert load(function("operator:eq")) is not None
     with pytest.raises(InputError, match="expected 1 numbers, found None"):
         load(function(f"{file}:none"))(["ab"], ["cde"])
-    with pytest.raises(InputError, match=r"has no function 'height'; it has length, none"):
+    with pytest.raises(InputError, match="expected 1 numbers, found '1'"):
+        load(function(f"{file}:words"))(["ab"], ["cde"])
+    with pytest.raises(ZeroDivisionError) as raised:  # its own traceback says most, and where it came from is added
+        load(function(f"{file}:fails"))(["ab"], ["cde"])
+    assert raised.value.__notes__ == [f"reward_model.path {file}:fails raised this, asked for 1 rewards"]
+    with pytest.raises(InputError, match=r"has no function 'height'; it has length, none, words, fails"):
         load(function(f"{file}:height"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def length(prompts, answers)\n")
+    with pytest.raises(InputError, match=r"broken\.py cannot be run: SyntaxError"):
+        load(function(f"{broken}:length"))
     with pytest.raises(InputError, match="no file"):
         load(function(f"{tmp_path / 'no.py'}:length"))
     with pytest.raises(InputError, match="cannot be imported"):
@@ -157,6 +168,35 @@ def test_a_classifier_of_another_family(tmp_path: Path) -> None:
         load(RewardModel(source="classifier", path=str(tiny_bert(tmp_path / "3", 3))))
     with pytest.raises(InputError, match="no sequence classifier"):
         load(RewardModel(source="classifier", path=str(tmp_path / "none")))
+    pretrained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1").bert
+    pretrained.save_pretrained(tmp_path / "1")
+    with pytest.raises(InputError, match=r"no trained classifier: its files have no classifier\.bias"):
+        load(RewardModel(source="classifier", path=str(tmp_path / "1")))
+
+
+def test_a_classifier_that_was_a_causal_lm(tmp_path: Path) -> None:
+    """It has no padding token, is asked by its chat template, and is read where the answer ends."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<end>", "?", "user", "assistant", *"好坏房间很脏净干"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="?")), eos_token="<end>"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[一-龥]"), "isolated")]
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(words), num_labels=1, **shape)).eval()
+    model.save_pretrained(tmp_path)
+    found = load(RewardModel(source="classifier", path=str(tmp_path)))(["好", "房间"], ["很脏很脏", "坏"])
+    asked = tokenizer(["user 好 assistant 很脏很脏 ", "user 房间 assistant 坏 "]).input_ids
+    assert max(map(len, asked)) == 7 and 1 not in asked[0]
+    wanted = [model(torch.tensor([ids])).logits.item() for ids in asked]
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_ppo_learns_from_a_function(tmp_path: Path) -> None:

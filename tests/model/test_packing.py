@@ -333,6 +333,19 @@ def test_training_runs_and_packing_changes_nothing(stage: str, tokens_per_step: 
         assert losses[True] == pytest.approx(losses[False], abs=1e-4)
 
 
+def test_what_processes_share_out_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of method full under FSDP and ZeRO, a process holds its share of weights, gradients and moments."""
+    model, rows = methods.start(make("glm"), "full", Sft()), examples()
+    calls = {"stage": "sft", "seed": 0}
+    alone = plan(model, rows, lambda example: [example["input_ids"]], Sft(method="full"), **calls, strategy="fsdp")
+    assert (alone.strategy, alone.holders) == ("ddp", 1)
+    monkeypatch.setattr("glm.training.plan.world_size", lambda: 4)
+    for strategy, method, holders in (("ddp", "full", 1), ("fsdp", "full", 4), ("deepspeed_zero3", "lora", 1)):
+        params = Sft(method=method)
+        found = plan(model, rows, lambda example: [example["input_ids"]], params, **calls, strategy=strategy)
+        assert (found.strategy, found.holders) == (strategy if holders > 1 else "ddp", holders)
+
+
 def test_a_prefix_lm_trains_packed_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, rows = adapted("chatglm1", lora_target=["query_key_value"]), prefix_examples()
     with caplog.at_level("INFO", logger="glm"):

@@ -17,6 +17,7 @@ from glm.models.saving import save_trained
 from glm.models.variants import Variants
 from glm.training import dpo, ppo
 from glm.training.actors import Actors, NewPolicy
+from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints
 from tests.model.test_ppo import PARAMS, TOKENIZER, make_base, prompts, same
 from tests.model.test_rivals import COMMON, rankings
@@ -99,6 +100,26 @@ def test_a_stopped_training_ends_as_an_unbroken_one(
         assert not torch.allclose(broken.model(input_ids=ids).logits, wanted, atol=1e-3)
         reference = load_model(tmp_path / "sft")(input_ids=ids).logits
         torch.testing.assert_close(broken.model(input_ids=ids).logits, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "module"), [("lora", "mlp"), ("freeze", "mlp"), ("freeze", "qkv"), ("full", "mlp")])
+def test_rollouts_follow_all_that_is_trained(method: Method, module: str, tmp_path: Path) -> None:
+    """Weights, biases and norms: the decoder's log-probabilities are those of the policy as it is by now."""
+    write_models(tmp_path, "lora" if method == "lora" else "freeze")
+    below, copy_of = above(tmp_path / "sft").starting(method, resume=method == "lora")
+    policy = NewPolicy(method, SHAPE.model_copy(update={"name_module_trainable": module}), below.parts, copy_of)
+    actors = Actors(make_base(), policy=policy, reference=tmp_path / "sft", reward=tmp_path / "reward")
+    params = PARAMS.model_copy(update={"temperature": 0.7})
+    assert actors.sampler.decoder is not None
+    actors.sample(prompts(8), TOKENIZER, params)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in actors.policy.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        samples = actors.sample(prompts(8), TOKENIZER, params)
+        batch = batch_of(prompts(8), samples.answers, actors.model.device)
+        logprobs, _, _ = actors("policy", batch, params.temperature)
+    torch.testing.assert_close(samples.logprobs, logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["lora", "p_tuning", "freeze"])

@@ -22,11 +22,12 @@ from glm.generation.decode_step import supports
 from glm.models import load_model, load_tokenizer
 from glm.models.adapters import add_lora, save_lora, save_score
 from glm.training import ppo
-from glm.training.actors import Actors, token_logprobs
+from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.policy_eval import Judged
+from glm.training.policy_eval import Judged, summary
 from glm.training.ppo_terms import ScoreScale
+from glm.training.token_logprobs import token_logprobs
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -123,6 +124,7 @@ def test_the_held_out_reward_rises(tmp_path) -> None:
     assert numbers["reward"] > numbers["reward_before"] + 0.5 * numbers["reward_std_before"]
     assert numbers["kl"] > 1 and numbers["kl_before"] == pytest.approx(0, abs=1e-3)
     assert [step for step, _ in curves] == list(range(26))
+    assert curves[1][1]["approx_kl"] > 0
     last = curves[-1][1]
     assert all(last[name] <= last[then] for name, then in (("reward_p10", "reward_p50"), ("reward_p50", "reward_p90")))
 
@@ -178,7 +180,7 @@ def test_a_model_without_decoder_goes_through_generate(tmp_path) -> None:
     base = load_model(GOLDEN / "chatglm1-tiny", dtype=torch.float32)
     assert not supports(base)
     actors = make_actors(tmp_path, base)
-    assert actors.decoder is None
+    assert actors.sampler.decoder is None
     asked = [[*prompt, base.config.gmask_token_id, base.config.bos_token_id] for prompt in prompts(8)]
     samples = actors.sample(asked, TOKENIZER, PARAMS)
     assert samples.logprobs.shape == (8, max(map(len, samples.answers))) and (samples.logprobs <= 0).all()
@@ -195,7 +197,7 @@ def test_parts_of_a_minibatch_change_nothing(tmp_path) -> None:
 
 
 def test_log_probabilities_in_parts_are_those_of_a_log_softmax(monkeypatch) -> None:
-    monkeypatch.setattr("glm.training.actors.LOGITS_AT_ONCE", 61 * 4)
+    monkeypatch.setattr("glm.training.token_logprobs.LOGITS_AT_ONCE", 61 * 4)
     torch.manual_seed(0)
     head, tokens = nn.Linear(8, 61, bias=False), torch.randint(0, 61, (10,))
     one, other = (torch.randn(10, 8, generator=torch.Generator().manual_seed(3), requires_grad=True) for _ in range(2))
@@ -238,10 +240,27 @@ def test_too_few_prompts_are_refused(tmp_path) -> None:
         ppo.train(actors, TOKENIZER, prompts(16), [], PARAMS, **options)
 
 
-def test_a_runaway_is_stopped(tmp_path) -> None:
+def test_a_single_dev_prompt_has_a_spread() -> None:
+    judged = Judged([[5, 6, 5, 6, 5]], torch.tensor([2.0]), torch.tensor([0.5]))
+    found = summary(judged, TOKENIZER.eos_token_id)
+    assert found == {
+        "reward": 2.0,
+        "reward_std": 0.0,
+        "reward_p10": 2.0,
+        "reward_p50": 2.0,
+        "reward_p90": 2.0,
+        "kl": 0.5,
+        "response_length": 5.0,
+        "truncated": 1.0,
+        "repetition": 0.5,  # of the pairs 56 65 56 65
+    }
+
+
+def test_a_runaway_is_stopped(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     numbers, curves = train(make_actors(tmp_path), PARAMS.model_copy(update={"kl_stop": 1e-3, "learning_rate": 0.02}))
     assert numbers["stopped_on_kl"] == 1 and numbers["steps"] < PARAMS.max_steps
     assert curves[-1][1]["kl"] > 1e-3
+    assert "more than kl_stop 0.001: lower learning_rate or raise kl_coef" in caplog.text
 
 
 def run_until_done(folder: Path, pause: float = 0.0) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from glm import config
 from glm.data.encode import IGNORED, encode_row
+from glm.errors import InputError
 from glm.training import dpo, kto, rloo, rrhf, trl_policy
 from glm.training.answer_logprobs import answer_logprobs, ranking_size, reference_logprobs, rows_of
 from glm.training.batch import batch_of
@@ -168,6 +169,42 @@ def test_prefix_lm_rows_are_packed_too(tmp_path: Path) -> None:
     actors.pad_rows()
     padded, _ = answer_logprobs(actors, "policy", found, share_prompt=True)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_batch_keep_their_rankings(tmp_path: Path) -> None:
+    """Whatever is taken of a batch, what it shares are the prompts of the rankings that are left."""
+    actors = make_actors(tmp_path)
+    flat = [(ids[:start], ids[start:]) for row in rankings(3, 3) for ids, start in zip(*row.values(), strict=True)]
+    asked, answers = map(list, zip(*flat, strict=True))
+    batch = batch_of(asked, answers, actors.model.device, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert batch.ranking_sizes() == [3, 3, 3]
+    with torch.no_grad():
+        whole, _, _ = actors("policy", batch, 1.0)
+        for chosen in ([1, 2, 3], [8, 0, 7], [4]):
+            part = batch.rows(chosen)
+            assert part.ranking_sizes() == {1: [2, 1], 8: [1, 1, 1], 4: [1]}[chosen[0]]
+            torch.testing.assert_close(actors("policy", part, 1.0)[0], whole[chosen], atol=1e-4, rtol=0)
+    parts = batch.parts(40, packed=True)
+    assert len(parts) > 1 and sum(sum(part.ranking_sizes()) for part in parts) == 9
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rrhf", "raft"])
+def test_too_few_rows_are_refused_before_anything_is_computed(algorithm: str, tmp_path: Path) -> None:
+    def show(step: int, judged) -> None:
+        raise AssertionError("the dev prompts were answered")
+
+    params = PARAMS[algorithm].model_copy(update={"batch_size": 13})
+    told = {"log": lambda *_: None, "progress": lambda *_: None, "show": show, "seed": 1}
+    with pytest.raises(InputError, match=r"batch_size 13 is more than the \d+ training rows"):
+        importlib.import_module(f"glm.training.{algorithm}").train(
+            make_actors(tmp_path), TOKENIZER, rows_for(algorithm), prompts(4), params, **told
+        )
+
+
+def test_dpo_needs_the_reference_of_what_it_will_see() -> None:
+    within = PARAMS["dpo"].model_copy(update={"max_steps": 2})
+    assert dpo.indices_needed(12, within, 5) == sorted([*batch_at(1, 12, 4, 5), *batch_at(2, 12, 4, 5)])
+    assert dpo.indices_needed(12, within.model_copy(update={"max_steps": 10**9}), 5) == list(range(12))
 
 
 def test_batches_go_through_all_rows_in_a_new_order_each_epoch() -> None:

@@ -214,7 +214,7 @@ def test_training_shares_and_changes_nothing(tokens_per_step: int | None) -> Non
             log=lambda step, values, to=points: to.setdefault(step, {}).update(values),
             log_speed=lambda step, values, to=seen[share]: to.append(values),
         )  # fmt: skip
-        found[share] = [points[step]["loss"] for step in (1, 2, 3)] + [points[2]["eval_loss"], numbers["eval_loss"]]
+        found[share] = [points[step]["loss"] for step in (1, 2, 3)] + [points[2]["eval_loss"], numbers["pairwise_loss"]]
     assert found[True][2] != pytest.approx(found[True][0], abs=1e-3)  # it does learn
     if tokens_per_step is None:
         assert found[True] == pytest.approx(found[False], abs=1e-5)
