@@ -174,8 +174,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="replace an export that is there")] = False,
 ) -> None:
     """Write a model as a folder for others, with a model card, and prove that it answers as its source."""
+    import signal
+
     from apps.export import export_model
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clearing away what is begun
     values = {
         "what": what,
         "layout": layout,
@@ -333,13 +336,13 @@ def lineage(
     from rich.console import Console
 
     from flows.lineage import trace
-    from flows.lineage_view import draw, show
+    from flows.lineage_view import draw, tree
     from glm.files import write_json
 
     if graph and graph.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--graph {graph}: the file's name must end with .png, .svg or .pdf")
     found = trace(target)
-    show(found, Console())
+    Console().print(tree(found))
     if json_file:
         write_json(json_file, found.as_json())
     if graph:

@@ -1,7 +1,7 @@
 """Take the README's pictures of the web page: python docs/screenshots.py http://127.0.0.1:7860
 
 Wants a page whose project has a finished run, Chromium at /usr/bin, and a font for Chinese. Changes nothing in the
-project. Names after the address choose pictures.
+project. Names after the address choose pictures; web-train shows the run that was started last, at work if it is.
 """
 
 import io

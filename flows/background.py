@@ -114,10 +114,14 @@ def start(words: Sequence[str]) -> BackgroundRun:
     return run
 
 
+def names() -> list[str]:
+    """Of all of them, the newest first."""
+    return sorted((record.parent.name for record in RUNS.glob("*/run.json")), reverse=True)
+
+
 def runs() -> list[BackgroundRun]:
     """All of them, the newest first."""
-    records = sorted(RUNS.glob("*/run.json"), reverse=True)
-    return [BackgroundRun(**json.loads(record.read_text(encoding="utf-8"))) for record in records]
+    return [find(name) for name in names()]
 
 
 def find(name: str) -> BackgroundRun:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
@@ -32,11 +31,6 @@ def tree(lineage: Lineage) -> Tree:
         for line in lines_of(node):
             branch.add(escape(line))
     return root
-
-
-def show(lineage: Lineage, console: Console) -> None:
-    """Print the tree, long lines wrapped."""
-    console.print(tree(lineage))
 
 
 def lines_of(node: Node) -> list[str]:

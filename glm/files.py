@@ -1,5 +1,7 @@
 """Writing files and folders so that a reader never sees half of one: write beside the target, then rename."""
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -52,16 +54,36 @@ def file_hash(path: Path, algorithm: str) -> str:
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends without an error.
 
-    An error leaves what was at `path` before untouched.
+    An error leaves what was at `path` before untouched. What a process that was killed in such a block has left beside
+    `path` is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _remove_leftovers(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel takes it back when this process ends, however it ends
         yield temporary
         os.chmod(temporary, 0o755)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
+        os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # a file, or gone by now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:  # somebody is at work there
+            pass
+        finally:
+            os.close(descriptor)

@@ -122,6 +122,6 @@ def lineage_html(target: str) -> str:
         draw(found, drawing)
         address = f"data:image/svg+xml;base64,{base64.b64encode(drawing.read_bytes()).decode()}"
     console = Console(file=io.StringIO(), width=160, record=True)
-    console.print(tree(found), soft_wrap=True)
+    console.print(tree(found))
     said = escape(console.export_text())
     return f"{picture(address, target)}<pre class='log'><code>{said}</code></pre>"

@@ -40,7 +40,7 @@ def build(page: gr.Blocks, text: Texts) -> None:
         curves = gr.HTML(elem_id="curves")
     with gr.Accordion(text("train.log"), open=True):
         log = gr.HTML(elem_id="log")
-    drawn = gr.State(None)
+    drawn, known = gr.State(None), gr.State([])  # what is drawn, and the runs that may be chosen
     fields = list(form.components.values())
 
     def show(until: str, *values: Filled) -> str:
@@ -62,11 +62,14 @@ def build(page: gr.Blocks, text: Texts) -> None:
         run.stop()
         return status_html(run, text)
 
-    def look(name: str) -> tuple[Any, ...]:
+    def look(name: str | None, known: list[str]) -> tuple[Any, ...]:
+        names = background.names()
+        name = follow(name, known, names)
+        box = gr.skip() if names == known else gr.Dropdown(choices=names, value=name)
         if not name:
-            return f"<p class='note'>{escape(text('train.no_run'))}</p>", "", *buttons("none")
+            return f"<p class='note'>{escape(text('train.no_run'))}</p>", "", *buttons("none"), box, names
         run = find(name, text)
-        return status_html(run, text), log_html(run), *buttons(run.state())
+        return status_html(run, text), log_html(run), *buttons(run.state()), box, names
 
     def draw(name: str, drawn: Any) -> tuple[Any, Any]:
         picture, shown = curves_html(find(name, text), drawn) if name else ("", None)
@@ -79,27 +82,32 @@ def build(page: gr.Blocks, text: Texts) -> None:
         return [gr.Column(visible=name == algorithm) for name in form.columns]
 
     form_inputs = [until, *fields]
-    look_outputs = [status, log, start, stop, resume]
-    page.load(told(load), None, [until, *fields, chosen], **QUIET).then(told(show), form_inputs, preview, **QUIET).then(
-        told(look), chosen, look_outputs, **QUIET
-    ).then(told(draw), [chosen, drawn], [curves, drawn], **QUIET)
+    shown = [status, log, start, stop, resume, chosen, known]
+    looking: dict[str, Any] = {"fn": told(look), "inputs": [chosen, known], "outputs": shown, **QUIET}
+    drawing: dict[str, Any] = {"fn": told(draw), "inputs": [chosen, drawn], "outputs": [curves, drawn], **QUIET}
+    loaded = page.load(told(load), None, [until, *fields, chosen], **QUIET)
+    loaded.then(told(show), form_inputs, preview, **QUIET).then(**looking).then(**drawing)
     edited = [field.blur if isinstance(field, gr.Textbox) else field.input for field in fields]
     gr.on([until.input, *edited], told(show), form_inputs, preview, trigger_mode="always_last", **QUIET)
     gr.on(edited, nothing, form_inputs, None, validator=verdicts, trigger_mode="always_last", **QUIET)
     algorithm = form.components["algorithm"]
     algorithm.change(columns, algorithm, list(form.columns.values()), **QUIET)
-    start.click(told(begin), form_inputs, chosen, validator=verdicts, **SLOW).success(
-        told(look), chosen, look_outputs, **QUIET
-    )
-    resume.click(told(again), chosen, chosen, **SLOW).success(told(look), chosen, look_outputs, **QUIET)
+    start.click(told(begin), form_inputs, chosen, validator=verdicts, **SLOW).success(**looking)
+    resume.click(told(again), chosen, chosen, **SLOW).success(**looking)
     stop.click(told(end), chosen, status, **QUIET)
-    chosen.input(told(look), chosen, look_outputs, **QUIET).then(told(draw), [chosen, drawn], [curves, drawn], **QUIET)
-    gr.Timer(LOOK_SECONDS).tick(told(look), chosen, look_outputs, **QUIET)
-    gr.Timer(DRAW_SECONDS).tick(told(draw), [chosen, drawn], [curves, drawn], **QUIET)
+    chosen.input(**looking).then(**drawing)
+    gr.Timer(LOOK_SECONDS).tick(**looking)
+    gr.Timer(DRAW_SECONDS).tick(**drawing)
 
 
 def nothing(*values: Any) -> None:
     """What an event does whose validator is all that is wanted."""
+
+
+def follow(name: str | None, known: list[str], names: list[str]) -> str | None:
+    """The run to show: who looks at the newest of those `known` goes on to one that was started elsewhere meanwhile."""
+    stays = name in names and name != (known or names)[0]
+    return name if stays else next(iter(names), None)
 
 
 def find(name: str, text: Texts) -> background.BackgroundRun:
@@ -121,7 +129,7 @@ def refuse(form: Form) -> None:
 
 def choices() -> Any:
     """The runs to choose from, the newest chosen."""
-    names = [run.name for run in background.runs()]
+    names = background.names()
     return gr.Dropdown(choices=names, value=names[0] if names else None)
 
 

@@ -80,6 +80,9 @@ def export(
         else:
             write = _write_whole if options.quantization == "none" else _write_rounded
             exported = write(source, folder, options, load_tokenizer(path, revision=revision), base, hub_id)
+        for file in folder.iterdir():
+            if file.is_file():  # safetensors writes for its user's eyes only; others are to load it
+                file.chmod(0o644)
         exported = replace(exported, folder=out, size=sum(file.stat().st_size for file in folder.rglob("*")))
         write_text(folder / "README.md", model_card(name or out.name, source, hub_id, options, facts, exported))
     return exported

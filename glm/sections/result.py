@@ -29,7 +29,7 @@ class Export(Section):
         "none", description="of the export: bitsandbytes' nf4, or the authors' (cpm-…)"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_shard_size: str = Field("2GB", pattern=r"^\d+(MB|GB)$")
+    max_shard_size: str = Field("2GB", pattern=r"^[1-9]\d*(MB|GB)$")
     push_to_hub: str | None = Field(
         None,
         pattern=r"^[\w.-]+/[\w.-]+$",

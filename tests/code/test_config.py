@@ -100,6 +100,7 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:8000"}
         ({"reward": {"torch_compile": "yes"}}, ["reward.torch_compile", "'auto'", "'yes'"]),
         ({"reward_model": {"revision": "abc"}}, ["reward_model", "'abc'", "classifier"]),
         ({"export": {"max_shard_size": "2 gigabytes"}}, ["export.max_shard_size", "2 gigabytes"]),
+        ({"export": {"max_shard_size": "0GB"}}, ["export.max_shard_size", "0GB"]),
         ({"seed": None}, ["seed", "integer", "None"]),
         ({"ppo": 3}, ["ppo", "3"]),
         ([], ["expected a mapping of sections", "[]"]),

@@ -117,6 +117,7 @@ def test_an_export_answers_as_its_source(base: str, options: dict[str, str], tmp
             assert ((values[key] - weight).abs() <= allowed * largest).all(), key
     assert load_tokenizer(tmp_path / "out")("你好")["input_ids"] == load_tokenizer(GOLDEN / base)("你好")["input_ids"]
     assert done.size <= sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
 
 
 def test_plain_transformers_loads_the_export_of_chatglm2(tmp_path: Path) -> None:

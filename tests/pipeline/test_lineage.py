@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from flows.lineage import Lineage, Node
-from flows.lineage_view import columns_of, draw, show
+from flows.lineage_view import columns_of, draw, tree
 from tasks.record import inconsistencies, uncommitted_files, uncommitted_patch
 from tests.pipeline.conftest import Project
 
@@ -74,7 +74,7 @@ def test_all_of_it_is_shown(tmp_path: Path) -> None:
     facts = {"run": "r", "commit": "0" * 40, "uncommitted": [], "requirements_lock_md5": None, "faults": []}
     lineage = Lineage("models/b", "0" * 32, facts, nodes)
     text = StringIO()
-    show(lineage, Console(file=text, width=50))
+    Console(file=text, width=50).print(tree(lineage))
     assert all(name in text.getvalue() for name in metrics)
     draw(lineage, tmp_path / "new" / "b.svg")
     assert "<svg" in (tmp_path / "new" / "b.svg").read_text()

@@ -117,7 +117,7 @@ def as_shown(text: str) -> str:
 def test_train(project: Project, prefect_api: str, browser) -> None:
     """A fault in place, a run that outlives the page and is found again, stopped cleanly, and resumed to its end."""
     with serving(project, SLEEP_sft="600") as url:
-        page = open_page(browser, url)
+        page, other = open_page(browser, url), open_page(browser, url, "zh")
         tab(page, "SFT")
         fill(page, "#p-sft-lora_rank", "0")
         sees(page, "#p-sft-lora_rank", "greater than or equal to 1")
@@ -138,10 +138,12 @@ def test_train(project: Project, prefect_api: str, browser) -> None:
         sees(page, "#status .step.running", "sft")
         playwright.expect(page.locator("#status .step.running .bar")).to_be_visible(timeout=SECONDS)
         sees(page, "#log", "this is preprocess")
+        sees(other, "#status .step.running", "sft")
+        playwright.expect(other.locator("#start")).to_be_disabled(timeout=SECONDS)
         page.reload()
         sees(page, "#status .step.running", "sft")
-        assert not page.faults
-    page.close()
+        assert not page.faults and not other.faults
+    page.close(), other.close()
     assert project.executed()[-1] == "sft" and project.processes()  # the page is gone, the run is not
 
     with serving(project, SLEEP_sft="0") as url:
