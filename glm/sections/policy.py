@@ -134,12 +134,12 @@ class Kto(Rival):
     undesirable_weight: float = Field(1.0, gt=0)
 
     def uneven(self, processes: int) -> str | None:
-        """Why so many processes cannot share a step; TRL gives each as many answers, and no fewer than two."""
+        """Why so many processes cannot share a step: TRL's trainer needs the same number in each, and two at least."""
         if self.batch_size % processes == 0 and self.batch_size >= 2 * processes:
             return None
         return (
-            f"batch_size {self.batch_size} does not give each as many answers, and two or more: choose a multiple of "
-            f"{processes}, and at least {2 * processes}"
+            f"batch_size {self.batch_size} does not give each the same number of answers, and two or more: choose a "
+            f"multiple of {processes}, and at least {2 * processes}"
         )
 
 
@@ -174,14 +174,14 @@ class Grouped(Online):
         return self
 
     def uneven(self, processes: int) -> str | None:
-        """Why so many processes cannot share a step; TRL gives each as many answers of each of its parts."""
+        """Why so many processes cannot share a step: TRL's trainers need the same number of answers in each."""
         shares = processes * self.gradient_accumulation_steps
         if self.batch_size * self.num_generations % shares == 0:
             return None
         return (
-            f"batch_size {self.batch_size} x num_generations {self.num_generations}, in gradient_accumulation_steps "
-            f"{self.gradient_accumulation_steps} parts, does not give each as many answers: choose a batch_size that "
-            f"is a multiple of {shares // gcd(shares, self.num_generations)}"
+            f"batch_size {self.batch_size} x num_generations {self.num_generations} with gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps} does not give each the same number of answers at a time: choose a "
+            f"batch_size that is a multiple of {shares // gcd(shares, self.num_generations)}"
         )
 
 

@@ -253,3 +253,13 @@ def test_trl_counts_the_same_log_probabilities(tmp_path: Path) -> None:
     grouped = scores.view(2, 4)  # the policy is still the reference: no KL in the rewards
     wanted = grouped - (grouped.sum(1, keepdim=True) - grouped) / 3
     torch.testing.assert_close(inputs["advantages"], wanted.flatten(), atol=1e-3, rtol=0)
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path) -> None:
+    for step, files in ((5, (trl_policy.POLICY, trl_policy.STATE)), (10, (trl_policy.POLICY,))):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert trl_policy.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert trl_policy.last_checkpoint(tmp_path / "none") is None
