@@ -6,12 +6,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import uvicorn
+from fastapi import FastAPI
 from transformers import GenerationConfig
 
 from apps.models import Resolved
@@ -87,7 +88,13 @@ def serve(model: Resolved, options: Options, wanted: EngineOptions, *, host: str
             flush=True,
         )
         app = create_app(engine, options)
-        config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=10)
+        answer(app, listener, farewell=10)
+
+
+def answer(app: FastAPI, listener: socket.socket, farewell: int) -> None:
+    """Serve the application until Ctrl-C or SIGTERM; requests under way then have `farewell` seconds to end."""
+    config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=farewell)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when it is done
         uvicorn.Server(config).run([listener])
 
 

@@ -12,11 +12,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from apps.serve.run import LOCAL, take_address
+from apps.serve.run import LOCAL, answer, take_address
 from apps.web.guard import PageGuard
 from apps.web.loaded import Models
 from apps.web.page import build, theme
@@ -92,8 +91,7 @@ def serve(host: str, port: int, user: str | None, password: str | None, show: bo
     if show:
         Timer(1.0, webbrowser.open, [address]).start()
     try:
-        config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run([listener])
+        answer(app, listener, farewell=3)
     finally:
         models.close()
 
