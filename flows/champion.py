@@ -2,7 +2,8 @@
 
 Every move of the alias `champion` is an event, kept as a tag of the registered model (`champion.0001`, JSON), so that
 the record outlives versions and can be read in MLflow's pages. A move and its record are one transaction: if anything
-fails, the alias is back where it was.
+fails, the alias is back where it was. The version itself is told first, so that a kill between alias and event loses
+nothing either: `history` finds the event there.
 """
 
 import getpass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"  # the alias of the one to serve
 EVENT = "champion."  # what the events' tags begin with
+TOLD = {"promote": "promoted", "rollback": "rolled_back_to"}  # what a version's own tags of a move begin with
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,32 @@ def move_champion(
             )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         move = Move(action, version, before, reason, by or getpass.getuser(), now)
+        past = history(client, name)
+        words = {"reason": reason, "by": move.by, "champion_before": before or "", "at": now}  # `at` says: complete
+        for word, value in words.items():
+            client.set_model_version_tag(name, version, f"{TOLD[action]}.{word}", value)
         with moved_alias(client, name, CHAMPION, version):
-            key = f"{EVENT}{len(history(client, name)) + 1:04d}"
-            words = {"reason": reason, "at": now, "by": move.by, "champion_before": before or ""}
-            kind = "promoted" if action == "promote" else "rolled_back_to"
-            for word, value in words.items():
-                client.set_model_version_tag(name, version, f"{kind}.{word}", value)
-            client.set_registered_model_tag(name, key, json.dumps(asdict(move), ensure_ascii=False))
+            for number, event in list(enumerate([*past, move], start=1))[-2:]:  # the last one may have been cut off
+                text = json.dumps(asdict(event), ensure_ascii=False)
+                client.set_registered_model_tag(name, f"{EVENT}{number:04d}", text)
 
 
 def history(client: "MlflowClient", name: str) -> list[Move]:
     """Every move of the alias, oldest first."""
     tags = client.get_registered_model(name).tags
-    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(EVENT)]
+    recorded = [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(EVENT)]
+    return recorded + cut_off(client, name, recorded[-1].at if recorded else "")
+
+
+def cut_off(client: "MlflowClient", name: str, last: str) -> list[Move]:
+    """The move after the time `last` that a kill kept from becoming an event: the champion itself knows of it."""
+    champion = alias_version(client, name, CHAMPION)
+    tags = client.get_model_version(name, champion).tags if champion else {}
+    return [
+        Move(action, champion, tags[f"{told}.champion_before"] or None, tags[f"{told}.reason"], tags[f"{told}.by"], at)
+        for action, told in TOLD.items()
+        if champion and (at := tags.get(f"{told}.at", "")) > last
+    ]
 
 
 @dataclass(frozen=True)

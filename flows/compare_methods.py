@@ -36,6 +36,7 @@ from flows.comparison_report import Outcome, Report
 from flows.dvc_stage import DVC_SAYS, run_cache_keys
 from flows.experiments import read_experiments
 from flows.interrupt import stop_if_asked
+from flows.notify import notify
 from flows.progress import clock
 from flows.report import read_json
 from flows.rlhf_pipeline import make_board, mlflow_parent, run_steps
@@ -46,7 +47,13 @@ from glm.errors import InputError
 from tasks.lineage import git_tags
 
 
-@flow(name="compare-methods")
+@flow(
+    name="compare-methods",
+    on_completion=[notify],
+    on_failure=[notify],
+    on_crashed=[notify],
+    on_cancellation=[notify],
+)
 def compare_methods(
     variants: dict[str, dict[str, Any]],
     seeds: list[int] | None = None,

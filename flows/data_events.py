@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefect.events import emit_event
-from prefect.events.worker import EventsWorker
+import httpx
+from prefect import get_client
+from prefect.events import Event
 from prefect.settings import PREFECT_API_URL
 
 from flows import ROOT
@@ -31,13 +32,18 @@ def emit(files: Sequence[str]) -> None:
     """Tell the Prefect server that data files are new.
 
     Raises:
-        InputError: no server answers.
+        InputError: no server answers, or it does not take the word.
     """
     url = PREFECT_API_URL.value()
     if not url or not is_up(url):
         raise InputError(f"no Prefect server answers at {url or 'PREFECT_API_URL'}; `make deploy` starts one")
-    emit_event(EVENT, resource=RESOURCE, payload={"files": list(files)})
-    EventsWorker.drain_all(timeout=30)
+    event = Event.model_validate({"event": EVENT, "resource": RESOURCE, "payload": {"files": list(files)}})
+    try:
+        with get_client(sync_client=True) as client:
+            # not by emit_event, which sends in a thread of its own and tells nobody that it could not
+            client.request("POST", "/events", json=[event.model_dump(mode="json")])
+    except httpx.HTTPError as error:
+        raise InputError(f"Prefect at {url} was not told: {error}") from None
 
 
 def watch(folder: Path, seconds: float = LOOK_SECONDS) -> None:

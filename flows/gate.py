@@ -10,7 +10,7 @@ chance), and not below -epsilon (`epsilon`, not worse beyond what is tolerated).
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a challenger, and of the champion on the same rows (empty without one).
+    """What is known of a challenger, and of the champion on the same rows (None without one).
 
     `rows` maps a metric to its value in each row, in the same order for both. Numbers that were not measured are None.
     """
 
     challenger: Mapping[str, Sequence[float]]
-    champion: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    champion: Mapping[str, Sequence[float]] | None = None
     answers: Sequence[str] = ()
     reward_accuracy: float | None = None
     kl: float | None = None
@@ -105,7 +105,7 @@ def metric_checks(name: str, gate: MetricGate, evidence: Evidence, bounds: Promo
     if gate.floor is not None:
         found = mean(values)
         checks.append(bounded(name, found, ceiling=gate.floor) if sign < 0 else bounded(name, found, floor=gate.floor))
-    if not evidence.champion or (gate.epsilon is None and gate.delta is None):
+    if evidence.champion is None or (gate.epsilon is None and gate.delta is None):
         return checks
     champion = evidence.champion.get(name, [])
     if not values or len(values) != len(champion):

@@ -1,6 +1,9 @@
 """The program between a command and the process that asked for it: see flows/guard.py, which starts it.
 
 Its arguments: the parent's process id, the time limit in seconds (0: none), the command.
+
+Where this program and its parent are killed at once, nobody is left to stop the command. So the kernel tells that too,
+and a step below it, which may have a shell between, looks by itself (`follow_guard` in tasks/launch.py).
 """
 
 import ctypes
@@ -15,24 +18,33 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 TIMED_OUT = 124  # exit status, as of timeout(1)
 
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+
 
 def guard(parent: int, time_limit: float, command: list[str]) -> int:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, _terminated)
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the kernel was told to say so
-        return 128 + signal.SIGTERM
+    _follow(parent)
+    me = os.getpid()
+    os.environ["GLMFLOW_GUARD"] = str(me)
     try:
         try:
             # close_fds=False: the lock's descriptor goes on to the command
-            return subprocess.Popen(command, close_fds=False).wait(time_limit or None)
+            process = subprocess.Popen(command, close_fds=False, preexec_fn=lambda: _follow(me))
+            return process.wait(time_limit or None)
         except subprocess.TimeoutExpired:
             return TIMED_OUT
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
         _stop_descendants()
+
+
+def _follow(parent: int) -> None:
+    """Have the kernel tell this process when its parent has died."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel was told to say so
+        os._exit(128 + signal.SIGTERM)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -76,8 +76,7 @@ def find_run(client: "MlflowClient", experiment_id: str, target: str) -> tuple[s
     """The pipeline's run behind a model URI, a run or a path, and the facts of the version if there is one."""
     from mlflow.exceptions import MlflowException
 
-    if target and Path(target).resolve() in (Path.cwd(), *Path.cwd().parents):
-        target = ""  # all of the project, which nobody made
+    whole = Path(target).resolve() in (Path.cwd(), *Path.cwd().parents)  # of the project, which nobody made
     if target.startswith("models:/"):
         version = find_version(client, target)
         run_id = version.tags.get("glmflow.run.pipeline")
@@ -85,7 +84,7 @@ def find_run(client: "MlflowClient", experiment_id: str, target: str) -> tuple[s
             raise InputError(f"{target}: no lineage was recorded with version {version.version}")
         words = {key: value for key, value in version.tags.items() if key.startswith(("promoted.", "gate."))}
         return run_id, {"version": f"{version.name} version {version.version}", "aliases": version.aliases, **words}
-    if target and Path(target).exists():
+    if target and not whole and Path(target).exists():
         digest = content_hash(target)
         if version := version_of_hash(client, digest):
             return find_run(client, experiment_id, f"models:/{version.name}/{version.version}")

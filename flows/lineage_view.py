@@ -1,6 +1,8 @@
 """A lineage as a tree for the terminal, and as a picture."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from rich.markup import escape
 from rich.tree import Tree
@@ -65,27 +67,34 @@ def draw(lineage: Lineage, path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(columns), max(3.0, 1.1 * height)), dpi=100, layout="constrained")
     panel = figure.add_subplot()
     panel.set(
-        xlim=(-0.6, len(columns) - 0.4), ylim=(-0.6, height - 0.4), title=lineage.facts.get("version", lineage.of)
+        xlim=(-0.6, len(columns) - 0.4), ylim=(-0.9, height - 0.1), title=lineage.facts.get("version", lineage.of)
     )
     panel.axis("off")
-    place = {
-        node.name: (x, (y + 0.5) * height / len(column) - 0.5)
-        for x, column in enumerate(columns)
-        for y, node in enumerate(column)
-    }
-    for node in lineage.nodes:
-        for source in node.made_from:
-            if source in place:
-                panel.annotate(
-                    "", place[node.name], place[source],
-                    arrowprops={"arrowstyle": "->", "color": "grey", "shrinkA": 30, "shrinkB": 30},
-                )  # fmt: skip
-    for node in lineage.nodes:
-        panel.text(
-            *place[node.name], f"{node.name}\n{node.hash[:12]}", ha="center", va="center", fontsize=8, parse_math=False,
+    boxes = {}
+    for node, (x, y) in places(columns, height):
+        text = panel.text(
+            x, y, f"{node.name}\n{node.hash[:12]}", ha="center", va="center", fontsize=8, parse_math=False, zorder=2,
             bbox={"boxstyle": "round", "facecolor": COLOURS[node.kind], "edgecolor": "grey"},
         )  # fmt: skip
+        boxes[node.name] = text
+        for source in filter(boxes.__contains__, node.made_from):
+            beside = boxes[source]
+            look = {"arrowstyle": "->", "color": "grey", "connectionstyle": "arc3,rad=0.06"}
+            ends = {"patchA": beside.get_bbox_patch(), "patchB": text.get_bbox_patch()}
+            panel.annotate("", (x, y), beside.get_position(), zorder=1, arrowprops=look | ends)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def places(columns: list[list[Node]], height: int) -> Iterator[tuple[Node, tuple[float, float]]]:
+    """Each node with its place: beside what it was made from, and no two columns level, so that no line hides one."""
+    ys: dict[str, float] = {}
+    for x, column in enumerate(columns):
+        sources = {node.name: [ys[name] for name in node.made_from if name in ys] for node in column}
+        column = sorted(column, key=lambda node: fmean(sources[node.name] or [0.0]))
+        for number, node in enumerate(column):
+            ys[node.name] = (number + 0.5) * height / len(column) - 0.5 + (0.2, -0.2, 0.0)[x % 3]
+            yield node, (x, ys[node.name])
 
 
 def columns_of(nodes: list[Node]) -> list[list[Node]]:

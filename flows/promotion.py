@@ -83,16 +83,20 @@ def gate_version(root: Path, version: str, run_id: str | None) -> State[Any]:
     with board.shown(), board.running("judge") as line:
         judge(str(root), f"models:/{name}/{champion}" if champion else None)
         line.state = "ran"
-    verdict = Verdict(version, champion, gate(str(root), version))
+    verdict = Verdict(version, champion, gate(str(root), version, champion))
     waits = verdict.decision.passed and params.promote.approval
     word = AWAITING if waits else PASSED if verdict.decision.passed else REFUSED
     record_decision(client, root, params, verdict, word, run_id)
-    if not verdict.decision.passed:
-        return refused(name, verdict)
+    state: State[Any]
     if waits:
         message = f'glmflow promote {version} --reason "…" moves the alias'
-        return Completed(name="Awaiting approval", message=f"{name} version {version} passed the gate; {message}")
-    return promoted(params, version, champion, "passed the gate", by="gate")
+        state = Completed(name="Awaiting approval", message=f"{name} version {version} passed the gate; {message}")
+    elif verdict.decision.passed:
+        state = promoted(params, version, champion, "passed the gate", by="gate")
+    else:
+        state = refused(name, verdict)
+    tell_run(params, version)  # last: what was not carried out is no decision, and the next retraining makes it again
+    return state
 
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)
@@ -114,11 +118,11 @@ def judge(root: str, champion: str | None) -> None:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
-def gate(root: str, version: str) -> Decision:
+def gate(root: str, version: str, champion: str | None) -> Decision:
     """Hold what was measured in `root` against the bounds of its params.yaml, and show the checks as a table."""
     with chdir(root):
         params = load_params("params.yaml")
-        decision = decide(read_evidence(params, version), params.promote, safety_words(params), params.seed)
+        decision = decide(read_evidence(params, version, champion), params.promote, safety_words(params), params.seed)
     word = PASSED if decision.passed else REFUSED
     create_table_artifact(
         decision.as_rows(), key="gate", description=f"{params.promote.model_name} version {version}: {word}"
@@ -126,12 +130,12 @@ def gate(root: str, version: str) -> Decision:
     return decision
 
 
-def read_evidence(params: Params, version: str) -> Evidence:
-    """What the current folder and the version's record say of it."""
+def read_evidence(params: Params, version: str, champion: str | None) -> Evidence:
+    """What the current folder and the version's record say of it, and the folder of the champion."""
     from tasks.record import read_record
     from tasks.tracking import open_store
 
-    challenger, champion, answers = read_rows(Path("reports/judge"))
+    challenger, beside, answers = read_rows(Path("reports/judge"))
     measured = read_json(Path("metrics/evaluate.json"))
     # of base, SFT and the policy, whose name is its algorithm's, only the last has moved away from SFT for a reward
     kl = [value for key, value in measured.items() if key.endswith(".kl") and key not in ("base.kl", "sft.kl")]
@@ -143,7 +147,7 @@ def read_evidence(params: Params, version: str) -> Evidence:
         record = {}
     return Evidence(
         challenger,
-        champion,
+        beside if champion else None,
         answers,
         reward_accuracy=measured.get("reward.accuracy"),
         kl=kl[0] if kl else None,
@@ -171,11 +175,11 @@ def record_decision(
         "checks": json.dumps(verdict.decision.as_rows(), ensure_ascii=False),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "flow_run": str(flow_run.id),
+        "run": run_id or "",
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version, f"gate.{key}", value)
     if run_id:
-        client.set_tag(run_id, "glmflow.gate", word)
         client.log_text(run_id, as_markdown(name, verdict, word), "promotion/decision.md")
         client.log_dict(run_id, tags | {"checks": verdict.decision.as_rows()}, "promotion/decision.json")
         client.log_artifacts(run_id, str(root / "reports" / "judge"), "promotion/judge")
@@ -218,9 +222,12 @@ def ask(params: Params, version: str, champion: str | None) -> State[Any]:
     )
     who = answer.by or "a person"
     if answer.approved:
-        return promoted(params, version, champion, f"passed the gate, approved: {answer.reason or 'yes'}", by=who)
-    _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": f"{who}: {answer.reason or 'no'}"})
-    return Completed(name="Refused", message=f"{name} version {version}: {who} said no: {answer.reason}")
+        state = promoted(params, version, champion, f"passed the gate, approved: {answer.reason or 'yes'}", by=who)
+    else:
+        decided(params, version, REFUSED, f"{who}: {answer.reason or 'no'}")
+        state = Completed(name="Refused", message=f"{name} version {version}: {who} said no: {answer.reason}")
+    tell_run(params, version)
+    return state
 
 
 def promoted(params: Params, version: str, champion: str | None, reason: str, by: str) -> State[Any]:
@@ -231,12 +238,15 @@ def promoted(params: Params, version: str, champion: str | None, reason: str, by
 
     name = params.promote.model_name
     now = alias_version(open_store(params.tracking.experiment)[0], name, CHAMPION)
+    if now == version:  # by hand, or by another run at the same time
+        decided(params, version, PASSED)
+        return Completed(name="Unchanged", message=f"{name} version {version} is the champion already")
     if now != champion:
         why = f"the champion is version {now or 'none'} now, the comparison was with {champion or 'none'}"
-        _tag(params, version, {"gate.decision": REFUSED, "gate.refused_by": why})
+        decided(params, version, REFUSED, why)
         return Completed(name="Refused", message=f"{name} version {version}: {why}; retrain --force compares again")
-    _tag(params, version, {"gate.decision": PASSED})
     promote(version, reason, params, by)
+    decided(params, version, PASSED)  # until then, it waits
     message = f"{name} version {version} is the champion (before: {champion or 'none'})"
     return Completed(name="Promoted", message=message)
 
@@ -252,9 +262,20 @@ def can_be_suspended() -> bool:
     return deployment.id is not None
 
 
-def _tag(params: Params, version: str, tags: dict[str, str]) -> None:
+def decided(params: Params, version: str, word: str, refused_by: str = "") -> None:
+    """Keep with the version what became of it."""
     from tasks.tracking import open_store
 
     client, _ = open_store(params.tracking.experiment)
-    for key, value in tags.items():
-        client.set_model_version_tag(params.promote.model_name, version, key, value)
+    for key, value in {"decision": word, "refused_by": refused_by}.items():
+        client.set_model_version_tag(params.promote.model_name, version, f"gate.{key}", value)
+
+
+def tell_run(params: Params, version: str) -> None:
+    """Keep with the run that a version was judged in what became of it: the next retraining tells it."""
+    from tasks.tracking import open_store
+
+    client, _ = open_store(params.tracking.experiment)
+    tags = client.get_model_version(params.promote.model_name, version).tags
+    if tags.get("gate.run"):
+        client.set_tag(tags["gate.run"], "glmflow.gate", tags["gate.decision"])

@@ -40,8 +40,8 @@ assert answer["role"] == "assistant" and isinstance(answer["content"], str), f"n
 def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
     """Register the exported model and let the alias `challenger` point to it. Returns the version's number.
 
-    The same export (by DVC hash) is registered once; a second call only sees to the alias. If the model does not load
-    and answer in a process of its own, the alias is put back to where it was.
+    The same export (by DVC hash) is registered once; a second call only sees to the alias, which moves when the model
+    has loaded and answered in a process of its own.
 
     Args:
         export_dir: what the export step made: a whole model with its tokenizer, or an adapter.
@@ -66,9 +66,9 @@ def register(export_dir: str | Path, run_id: str | None, params: Params) -> str:
             version = _create_version(client, name, model_id, run_id, digest)
     tested = "smoke_test" in client.get_model_version(name, version).tags
     if not (tested and alias_version(client, name, CHALLENGER) == version):
-        with moved_alias(client, name, CHALLENGER, version):
-            smoke_test(f"models:/{name}/{version}")
+        smoke_test(f"models:/{name}/{version}")  # first: a kill in the middle must not leave the alias on it
         client.set_model_version_tag(name, version, "smoke_test", "passed")
+        client.set_registered_model_alias(name, CHALLENGER, version)
     return version
 
 

@@ -25,19 +25,27 @@ from prefect.states import Completed
 
 from flows import ROOT
 from flows.incoming import bring_in
-from flows.promotion import ask, can_be_suspended, gate_version, waiting_for_approval
+from flows.notify import notify, notify_waiting
+from flows.promotion import AWAITING, ask, can_be_suspended, gate_version, safety_words, waiting_for_approval
 from flows.publish import check_hub
 from flows.rlhf_pipeline import run_stages
 from flows.terminal import exit_status, in_terminal
 from flows.workspace import keep, parse_overrides, restore, uncommitted, worktree
 from glm.config import Params, load_params
+from glm.errors import InputError
 from tasks.inputs import check_inputs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-@flow(name="retrain")
+@flow(
+    name="retrain",
+    on_completion=[notify],
+    on_failure=[notify],
+    on_crashed=[notify],
+    on_cancellation=[notify],
+)
 def retrain(force: bool = False, overrides: dict[str, Any] | None = None) -> State[Any]:
     """Retrain if data, code or parameters are not those of the last retraining or of the champion; promote or refuse.
 
@@ -59,13 +67,17 @@ def retrain(force: bool = False, overrides: dict[str, Any] | None = None) -> Sta
             return Completed(name="No new data", message=known)
         with chdir(root):
             check_inputs(params)
+            safety_words(params)  # the gate wants them at the end
         restore(root)
         summary = run_stages(root, flow_run.name, ours=[params.data.dataset_dir])
         state = gate_version(root, summary["version"], summary["parent_run"])
         keep(root, flow_run.name)
     # Asked here and not in the workspace: the process of a suspended run ends.
     waiting = waiting_for_approval(params) if can_be_suspended() else None
-    return ask(params, *waiting) if waiting else state
+    if not waiting:
+        return state
+    notify_waiting(state.message or "")
+    return ask(params, *waiting)
 
 
 @task(name="collect", task_run_name="collect", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -93,8 +105,10 @@ def already_retrained(params: Params, inputs: str) -> str:
     run = last_retraining(params)
     if run and run.data.tags.get("glmflow.inputs") == inputs:
         word = run.data.tags["glmflow.gate"]
-        last = f"the last retraining, {run.info.run_name} ({word})"
-        return f"data, code and parameters are those of {last}; with other bounds, --force asks the gate again"
+        last = f"data, code and parameters are those of the last retraining, {run.info.run_name} ({word})"
+        if word == AWAITING:
+            return f'{last}; glmflow promote --run {run.info.run_id} --reason "…" makes it the champion'
+        return f"{last}; with other bounds, --force asks the gate again"
     return ""
 
 
@@ -116,7 +130,10 @@ def revisions_before(params: Params) -> dict[str, str]:
     run = last_retraining(params)
     if run is None:
         return {}
-    sources = read_record(open_store(params.tracking.experiment)[0], run.info.run_id)["sources"]
+    try:
+        sources = read_record(open_store(params.tracking.experiment)[0], run.info.run_id)["sources"]
+    except InputError:  # its files are gone from the store
+        return {}
     entries = {name: source["entry"] for name, source in sources.items()}
     return {name: entry["revision"] for name, entry in entries.items() if "revision" in entry}
 

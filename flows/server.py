@@ -21,6 +21,7 @@ from flows import ROOT, guard
 from flows.errors import ServerError
 from flows.interrupt import interruptible
 
+WITHOUT_SERVER = "GLMFLOW_WITHOUT_PREFECT_SERVER"  # environment variable: the run has found its server to be broken
 STARTUP_SECONDS = 180  # the first start makes the database: 7 s on an idle machine, more than 40 on a busy small one
 LOG = ROOT / ".prefect" / "temporary-server.log"
 
@@ -35,7 +36,7 @@ def prefect_api() -> Iterator[None]:
     # a server that goes away is given up within seconds, not minutes: the run can go on without it
     patience = {PREFECT_CLIENT_MAX_RETRIES: 2}
     deployed = PREFECT_API_URL.value()
-    if deployed and is_up(deployed):
+    if deployed and WITHOUT_SERVER not in os.environ and is_up(deployed):
         with temporary_settings(patience):
             yield
         return
@@ -72,7 +73,8 @@ def is_up(url: str) -> bool:
     """Does a Prefect API answer at `url`?"""
     try:
         # without the certificates, which take longer to load than a server of this machine to answer
-        return httpx.get(f"{url}/health", timeout=5, verify=not url.startswith("http:")).status_code == httpx.codes.OK
+        answer = httpx.get(f"{url}/health", timeout=5, verify=not url.startswith("http:"))
+        return answer.status_code == httpx.codes.OK and answer.text == "true"  # not some other program's page
     except httpx.HTTPError:
         return False
 

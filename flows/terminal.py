@@ -12,11 +12,13 @@ from threading import Thread
 from typing import NoReturn
 
 import httpx
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
 
 from flows import ROOT
 from flows.errors import FlowError, RefusedError
 from flows.interrupt import handle_ctrl_c
-from flows.server import prefect_api
+from flows.server import WITHOUT_SERVER, prefect_api
 from glm.errors import InputError
 from tasks.tracking import store_failure
 
@@ -57,7 +59,15 @@ def exit_status(command: Callable[[], int], stopped: str) -> int:
         print(error, file=sys.stderr)
         return 1
     except httpx.TransportError as error:
-        start_again(error)
+        start_again(f"the Prefect server went away ({error})")
+    except PrefectHTTPStatusError as error:
+        said = f"Prefect at {PREFECT_API_URL.value()}: {error.response.status_code} {error.response.reason_phrase}"
+        if error.response.is_server_error:
+            os.environ[WITHOUT_SERVER] = "1"
+            start_again(said)
+        password = error.response.status_code == httpx.codes.UNAUTHORIZED
+        print(said + ("; its user:password is PREFECT_API_AUTH_STRING" if password else ""), file=sys.stderr)
+        return 1
     except Exception as error:
         if not (failure := store_failure(error)):
             raise
@@ -70,13 +80,13 @@ def exit_status(command: Callable[[], int], stopped: str) -> int:
         gc.freeze()  # the process ends: to look through three thousand modules once more takes a second
 
 
-def start_again(error: httpx.TransportError) -> NoReturn:
-    """Run this command once more, in place of this process: its Prefect server has gone away.
+def start_again(why: str) -> NoReturn:
+    """Run this command once more, in place of this process: its Prefect server has gone away or is broken.
 
     What is done is in DVC's cache, so the new one goes on from there, with a server of its own if it finds none. In
     this process Prefect's threads would try for minutes to send what they hold to the one that is gone.
     """
-    print(f"warning: the Prefect server went away ({error}); going on without it", file=sys.stderr)
+    print(f"warning: {why}; going on without it", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

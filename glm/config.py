@@ -192,15 +192,15 @@ class Params(Section):
         number, algorithm = self.launch.num_processes, self.algorithm
         if number == 1:
             return self
-        if algorithm in ("kto", "grpo", "rloo"):
-            raise ValueError(
-                f"launch.num_processes {number}: algorithm {algorithm} is TRL's, whose processes draw batches of their "
-                "own, so that a result would depend on their number: choose ppo, dpo, rrhf or raft, or num_processes 1"
-            )
-        shared = "mini_batch_size" if algorithm == "ppo" else "batch_size"
-        size = getattr(getattr(self, algorithm), shared)
-        if size < number:
-            raise ValueError(f"launch.num_processes {number} is more than the {size} of {algorithm}.{shared}")
+        section = getattr(self, algorithm)
+        if isinstance(section, Kto | Grouped):
+            if (what := section.uneven(number)) is not None:
+                raise ValueError(f"launch.num_processes {number}: {algorithm}.{what}")
+        else:
+            shared = "mini_batch_size" if algorithm == "ppo" else "batch_size"
+            size = getattr(section, shared)
+            if size < number:
+                raise ValueError(f"launch.num_processes {number} is more than the {size} of {algorithm}.{shared}")
         for stage in ("sft", "reward"):
             section = getattr(self, stage)
             if self.launch.strategy == "ddp" or section.method != "full" or section.optim == "adamw_torch_fused":

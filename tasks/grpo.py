@@ -13,4 +13,4 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("grpo", run)
+    main("grpo", run, shared=True)

@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,7 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
     Returns the summary: per model the means and the latency, and how many rows there were.
 
     Raises:
-        InputError: no test row is left that the champion has not been trained on.
+        InputError: there is no test row, or none that the champion has not been trained on.
     """
     contenders = [Contender("challenger", Path("models/export"), params.data)]
     asked, prompts = read_split(ROWS, "sft", "test"), read_split(ROWS, "ppo", "test")
@@ -63,8 +62,9 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
         left_out = len(asked) + len(prompts)
         asked, prompts = ([row for row in rows if is_test(row, splits)] for rows in (asked, prompts))
         left_out -= len(asked) + len(prompts)
-        if not asked or not prompts:
-            raise InputError(f"{champion}: it may have been trained on every test row of this run (data.test_ratio)")
+    if not asked or not prompts:
+        why = f"{champion}: it may have been trained on every test row of this run" if champion else "no test row"
+        raise InputError(f"{why} (data.test_ratio)")
     asked = spread(asked, params.evaluate.max_samples)
     prompts = prompts[: params.evaluate.max_samples]
 
@@ -92,8 +92,13 @@ def judge(params: Params, champion: str | None, progress: Progress) -> dict[str,
 
 
 def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
-    """A registered model, and the parameters by which its own run split the data."""
+    """A registered model, and the parameters by which its own run split the data: this run's, if that one is gone.
+
+    Raises:
+        InputError: its files are not in the store any more, or this project has not logged it.
+    """
     from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
 
     from tasks.logged_models import logged_folders
     from tasks.registered import find_version
@@ -102,10 +107,22 @@ def open_champion(uri: str, params: Params) -> tuple[Contender, Data]:
     client, _ = open_store(params.tracking.experiment)
     data = params.data
     version = find_version(client, uri)
-    (base, *adapters), config = logged_folders(download_artifacts(uri))
+    other = "`glmflow rollback` or `glmflow promote` makes another version the champion"
+    try:
+        folders, config = logged_folders(download_artifacts(uri))
+    except Exception as error:  # whatever a store, a driver or a network may raise
+        raise InputError(f"{uri}: the champion's files cannot be had from the store ({error}): {other}") from None
+    if not folders or "data" not in config:
+        raise InputError(f"{uri}: the champion was not logged by this project, so it cannot be asked alike: {other}")
+    base, *adapters = folders
     own = data.model_copy(update=config["data"])
     run_id = version.tags.get("glmflow.run.pipeline")
-    known = client.get_run(run_id).data.params if run_id else {}
+    try:
+        known = client.get_run(run_id).data.params if run_id else {}
+    except MlflowException:
+        known = {}
+    if not known:
+        print(f"{uri}: its run is gone from the store, so its rows count as split like this run's", file=sys.stderr)
     splits = {name: float(known[f"data.{name}"]) for name in ("dev_ratio", "test_ratio") if f"data.{name}" in known}
     contender = Contender(
         "champion",
@@ -136,6 +153,7 @@ def answer(
     from glm.evaluation.text_metrics import score as text_score
     from glm.generation.decode import decode, generate
     from glm.models import load_model, load_tokenizer
+    from glm.training.policy_eval import repetition
 
     options = params.evaluate
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +185,7 @@ def answer(
     torch.manual_seed(params.seed)
     openings = [prompt_ids(tokenizer, row["prompt"], contender.data)[0] for row in prompts]
     drawn = generate(model, tokenizer, openings, **limits, do_sample=True, temperature=options.temperature)
-    found += [{"answer": decode(tokenizer, ids), "repetition": repetition(ids)} for ids in drawn]
+    found += [{"answer": decode(tokenizer, ids), "repetition": repetition([ids])} for ids in drawn]
 
     seconds = []
     for question in [questions[0], *questions[:TIMED_ANSWERS]]:
@@ -186,12 +204,6 @@ def nats_per_character(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     learned = sum(label != IGNORED for label in example["labels"])
     text = row["messages"][-1]["content"]
     return mean_loss(model, tokenizer, [example], batch_size=1) * learned / max(1, len(text))
-
-
-def repetition(answer_ids: list[int]) -> float:
-    """Share of the answer's token pairs that it had before."""
-    pairs = list(pairwise(answer_ids))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def score(rows: list[dict[str, Any]], prompts: list[Row], names: list[str], params: Params) -> None:

@@ -29,4 +29,4 @@ def labelled(stage: Stage, tokenizer: "PreTrainedTokenizerBase", split: str) -> 
 
 
 if __name__ == "__main__":
-    main("kto", run)
+    main("kto", run, shared=True)

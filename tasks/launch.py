@@ -12,13 +12,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
 from typing import Any
+
+import psutil
 
 from glm.config import Launch
 from glm.errors import InputError
 
 PATIENCE = 60.0  # seconds that the first process has for an error that all have, its MLflow run included
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+GUARD = "GLMFLOW_GUARD"  # environment variable: the process of flows/guard_process.py that this one runs under
+GUARD_SECONDS = 1.0  # between two looks at it
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 def launched() -> bool:
@@ -82,6 +89,25 @@ def launch(launch: Launch, command: Sequence[str], name: str) -> int:
 def follow_launcher() -> None:
     """Make the kernel end this process when the launcher is gone, however that came about."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def follow_guard() -> None:
+    """End this process, first politely, when its flow and the guard between them have been killed at once.
+
+    The kernel would tell it only of its own parent: DVC, or a shell of DVC's, which outlives DVC.
+    """
+    if GUARD in os.environ:
+        Thread(target=_end_with, args=(int(os.environ[GUARD]),), daemon=True).start()
+
+
+def _end_with(number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        guard = psutil.Process(number)
+        while guard.is_running() and guard.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(GUARD_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)  # a main thread that waits in a library, for a process that is gone too, does not listen
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def let_the_first_speak() -> None:

@@ -55,6 +55,7 @@ def improve(
         raise InputError(
             f"{params.algorithm}.batch_size {section.batch_size} is more than the {len(train_set)} training rows"
         )
+    scorer = load_scorer(params, tokenizer)
     below, start = above(SFT).starting(method, resume=resume)
     below.check(method)
     model, beneath = load_shared(params, below.parts, chain(SFT), chain(REWARD))
@@ -66,7 +67,7 @@ def improve(
             reference=SFT,
             reward=REWARD,
             beneath=beneath,
-            scorer=load_scorer(params, tokenizer),
+            scorer=scorer,
             rollout=rollout,
         )
         numbers = train(

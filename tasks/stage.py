@@ -34,7 +34,7 @@ from glm.config import Params, load_params
 from glm.errors import InputError
 from glm.files import write_json, write_text
 from tasks import STEPS, programs
-from tasks.launch import Silence, first, follow_launcher, launch, launched, let_the_first_speak
+from tasks.launch import Silence, first, follow_guard, follow_launcher, launch, launched, let_the_first_speak
 from tasks.lineage import (
     StageEntry,
     content_hash,
@@ -204,6 +204,7 @@ def main(program: str, run: Run, uses_torch: bool = True, *, shared: bool = Fals
     fix_environment()
     signal.signal(signal.SIGTERM, _stop)
     try:
+        follow_guard()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("glm").setLevel(logging.INFO if first() else logging.ERROR)  # what the library chose
         params = load_params()

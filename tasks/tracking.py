@@ -78,23 +78,38 @@ def open_store(experiment: str, uri: str | None = None) -> tuple["MlflowClient",
     """A client of the store and the experiment's id. The first caller makes the database and the experiment.
 
     The artifacts of an sqlite store lie beside it in `artifacts/`; a server says where its own go.
+
+    Raises:
+        MlflowException: the store cannot be reached, does not want us, or its address is wrong.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     uri = uri or store_uri()
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not uri.startswith("http"):
+        from mlflow.store.db import utils
+
+        logging.getLogger(utils.__name__).setLevel(logging.ERROR)  # a warning a try
+        utils.MAX_RETRY_COUNT = 4  # tries to reach a database; MLflow's ten take 100 s
     mlflow.set_tracking_uri(uri)
-    with store_lock(uri):  # four first users at once: three would crash in the migrations
-        client = mlflow.MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found:
-            return client, found.experiment_id
-        database = Path(uri.removeprefix("sqlite:///")).absolute()
-        artifacts = str(database.parent / "artifacts") if uri.startswith("sqlite:///") else None
-        return client, client.create_experiment(experiment, artifact_location=artifacts)
+    try:
+        with store_lock(uri):  # four first users at once: three would crash in the migrations
+            client = mlflow.MlflowClient(uri)
+            found = client.get_experiment_by_name(experiment)
+            if found:
+                return client, found.experiment_id
+            database = Path(uri.removeprefix("sqlite:///")).absolute()
+            artifacts = str(database.parent / "artifacts") if uri.startswith("sqlite:///") else None
+            return client, client.create_experiment(experiment, artifact_location=artifacts)
+    except MlflowException:
+        raise
+    except Exception as error:  # of a driver, or of whoever reads the address
+        said = str(error).splitlines() or [type(error).__name__]
+        raise MlflowException(f"the store cannot be opened: {said[0]}") from error
 
 
 def start_parent_run(

@@ -1,6 +1,7 @@
 """Sections of the policy step: the seven algorithms, and where their reward comes from."""
 
 import re
+from math import gcd
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -132,6 +133,15 @@ class Kto(Rival):
     desirable_weight: float = Field(1.0, gt=0)
     undesirable_weight: float = Field(1.0, gt=0)
 
+    def uneven(self, processes: int) -> str | None:
+        """Why so many processes cannot share a step; TRL gives each as many answers, and no fewer than two."""
+        if self.batch_size % processes == 0 and self.batch_size >= 2 * processes:
+            return None
+        return (
+            f"batch_size {self.batch_size} does not give each as many answers, and two or more: choose a multiple of "
+            f"{processes}, and at least {2 * processes}"
+        )
+
 
 class Rrhf(Offline):
     """Rank responses to align with human feedback (Yuan et al. 2023)."""
@@ -162,6 +172,17 @@ class Grouped(Online):
                 "does not hold the answers that are still in use"
             )
         return self
+
+    def uneven(self, processes: int) -> str | None:
+        """Why so many processes cannot share a step; TRL gives each as many answers of each of its parts."""
+        shares = processes * self.gradient_accumulation_steps
+        if self.batch_size * self.num_generations % shares == 0:
+            return None
+        return (
+            f"batch_size {self.batch_size} x num_generations {self.num_generations}, in gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps} parts, does not give each as many answers: choose a batch_size that "
+            f"is a multiple of {shares // gcd(shares, self.num_generations)}"
+        )
 
 
 class Grpo(Grouped):

@@ -121,6 +121,7 @@ class Actors(nn.Module):
         self.pad_rows()
         self.run_layer = None
         if self.compiled:
+            torch._dynamo.config.optimize_ddp = False  # layers are compiled one by one: there is no graph to cut
             for layer in self.layers:
                 layer.compile()
 

@@ -75,13 +75,13 @@ class Checkpoints:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training draws from."""
+    """The state of every random number generator that training draws from, on the CPU and on this process's GPU."""
     numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
         "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -90,8 +90,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+Rows = TypeVar("Rows", list, Tensor)
 
 PATIENCE = timedelta(hours=2)  # the first process alone saves; the launcher ends those that wait for a dead one
 BUCKET = 2**26  # gradients that are summed at a time: 256 MB in float32
@@ -118,6 +119,21 @@ def gathered(values: dict[int, Value]) -> dict[int, Value]:
     found: list[dict[int, Value]] = [{} for _ in range(world_size())]
     dist.all_gather_object(found, values)
     return {key: value for each in found for key, value in each.items()}
+
+
+def joined(items: list[Item]) -> list[Item]:
+    """The items of all processes, those of the first one first."""
+    if world_size() == 1:
+        return items
+    found: list[list[Item]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(found, items)
+    return [item for each in found for item in each]
+
+
+def own_part(items: Rows) -> Rows:
+    """This process's of the rows of all; each has as many, the first ones are the first process's."""
+    size = len(items) // world_size()
+    return items[rank() * size : (rank() + 1) * size]
 
 
 def from_first(value: Value) -> Value:

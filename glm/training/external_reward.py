@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from glm.config import RewardModel
 from glm.errors import InputError
 from glm.generation.decode import decode
+from glm.models.checkpoint import local_folder
 from glm.training.batch import Batch
 
 Score = Callable[[list[str], list[str]], list[float]]  # prompts and answers → rewards
@@ -133,12 +134,14 @@ def load_classifier(path: str, revision: str | None = None) -> Score:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        folder = local_folder(path, revision)
+    except InputError as error:
+        raise InputError(f"reward_model.path: {error}") from None
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"reward_model.path {path}: no sequence classifier: {error}") from None
+        raise InputError(f"reward_model.path: {path}: no sequence classifier: {str(error).splitlines()[0]}") from None
     if model.config.num_labels > 2:
         raise InputError(f"reward_model.path {path}: {model.config.num_labels} labels, not one, or bad and good")
     if missing := sorted(loaded["missing_keys"]):

@@ -4,41 +4,16 @@ Advantages are an answer's reward less the mean of those to the same prompt, div
 head.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from glm.config import Grpo
-from glm.training import trl_policy
+from glm.training import trl_online, trl_policy
 from glm.training.actors import Actors
-
-
-def train(
-    actors: Actors,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    dev_prompts: list[list[int]],
-    params: Grpo,
-    *,
-    seed: int,
-    **options: Any,
-) -> dict[str, float]:
-    """Train the policy adapter in place on `prompts`; see `trl_policy.run` for the rest and the options.
-
-    Curves: `loss`, `reward` and `reward_std` of the answers, `kl_per_token` to the reference, `entropy`,
-    `clip_fraction`, `response_length`, `truncated`, and `zero_spread`, the share of prompts whose answers score alike.
-
-    Raises:
-        InputError: fewer prompts than one batch.
-    """
-
-    def make_trainer(folder: Path) -> trl_policy.PolicyCheckpoints:
-        return make(actors, tokenizer, prompts, params, folder, seed)
-
-    return trl_policy.run(
-        make_trainer, actors, tokenizer, dev_prompts, params, trl_policy.ONLINE_NAMES, seed=seed, **options
-    )
 
 
 def make(
@@ -52,16 +27,26 @@ def make(
     """TRL's trainer with our rollouts and rewards; its prompts are token ids."""
     from trl import GRPOConfig, GRPOTrainer
 
-    class TokenGRPOTrainer(trl_policy.OnTokens, GRPOTrainer):
+    class TokenGRPOTrainer(trl_online.OnTokens, GRPOTrainer):
         """Answers by our decoder; TRL would call `generate`."""
 
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
-            return actors.sample(prompt_ids, tokenizer, params).answers, None
+            return trl_online.sampled(actors, tokenizer, prompt_ids, params), None
+
+        def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+            loss = super()._compute_loss(model, inputs)
+            if params.loss_type != "bnpo":
+                return loss
+            tokens = inputs["completion_mask"].sum().float()  # TRL divides by this process's, not by those of all
+            return loss * (tokens / self.accelerator.reduce(tokens, "mean"))
 
     args = GRPOConfig(
         **trl_policy.arguments(params, folder, seed),
-        **trl_policy.online_arguments(params),
+        **trl_online.arguments(params),
         loss_type=params.loss_type,
         scale_rewards=params.scale_rewards,
     )
-    return TokenGRPOTrainer(args=args, **trl_policy.online_inputs(actors, tokenizer, prompts, params, seed))
+    return TokenGRPOTrainer(args=args, **trl_online.inputs(actors, tokenizer, prompts, params, seed))
+
+
+train = partial(trl_online.train, make)

@@ -16,6 +16,7 @@ from glm.data.encode import answer_start
 from glm.errors import InputError
 from glm.training import trl_policy
 from glm.training.actors import Actors
+from glm.training.distributed import world_size
 
 NAMES = {
     "loss": "loss",
@@ -72,6 +73,7 @@ def make(
             return dataset
 
     size = params.batch_size
+    rows = rows[: len(rows) // size * size]  # whole batches: an incomplete one is never trained on
     mismatched = [  # an answer of another prompt of the same batch, as TRL pairs them
         row["completion_ids"]
         for batch in (rows[start : start + size] for start in range(0, len(rows), size))
@@ -80,8 +82,7 @@ def make(
     data = Dataset.from_list([{**row, "KL_completion_ids": other} for row, other in zip(rows, mismatched, strict=True)])
     args = KTOConfig(
         **trl_policy.arguments(params, folder, seed),
-        per_device_train_batch_size=size,
-        dataloader_drop_last=True,
+        per_device_train_batch_size=size // world_size(),
         max_length=None,  # cut already, by data.max_source_length and data.max_target_length
         beta=params.beta,
         desirable_weight=params.desirable_weight,

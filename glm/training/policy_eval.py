@@ -125,23 +125,25 @@ def evaluate(
 def summary(judged: Judged, end: int) -> dict[str, float]:
     """What the answers are like, in the same words for all algorithms.
 
-    `reward` (mean), its standard deviation `reward_std` and distribution (`reward_p10` …: a tenth of the answers is
-    below), `kl` (mean, nats an answer from the adapter "reference"), `response_length` in tokens, `truncated` (share
-    that did not end within max_new_tokens), `repetition`.
+    `reward` (mean) and its standard deviation `reward_std`, `kl` (mean, nats an answer from the adapter "reference"),
+    `response_length` in tokens, `truncated` (share that did not end within max_new_tokens), `repetition`.
     """
     answers, rewards = judged.answers, judged.rewards.float()
-    tenth, median, last_tenth = rewards.quantile(rewards.new_tensor([0.1, 0.5, 0.9])).tolist()
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
-        "reward_p10": tenth,
-        "reward_p50": median,
-        "reward_p90": last_tenth,
         "kl": judged.kl.mean().item(),
         "response_length": sum(map(len, answers)) / len(answers),
         "truncated": sum(answer[-1] != end for answer in answers) / len(answers),
         "repetition": repetition(answers),
     }
+
+
+def with_distribution(judged: Judged, end: int) -> dict[str, float]:
+    """`summary`, and how the rewards are spread: `reward_p10` …: a tenth of the answers is below. For every step."""
+    rewards = judged.rewards.float()
+    tenth, median, last_tenth = rewards.quantile(rewards.new_tensor([0.1, 0.5, 0.9])).tolist()
+    return summary(judged, end) | {"reward_p10": tenth, "reward_p50": median, "reward_p90": last_tenth}
 
 
 def repetition(answers: list[list[int]]) -> float:

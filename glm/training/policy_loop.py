@@ -75,7 +75,9 @@ def run(
         sum_gradients(policy)
         numbers["grad_norm"] = nn.utils.clip_grad_norm_(policy, params.max_grad_norm).item()
         if not torch.isfinite(torch.tensor(numbers["grad_norm"])):
-            raise FloatingPointError(f"step {step}: the gradient's norm is {numbers['grad_norm']}")
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {numbers['grad_norm']}: lower the learning rate"
+            )
         optimizer.step()
         schedule.step()
         if log_speed:

@@ -24,7 +24,7 @@ from glm.training.actors import Actors
 from glm.training.batch import Batch, batch_of, on_device
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
 from glm.training.distributed import deal, rank, sum_gradients, summed, world_size
-from glm.training.policy_eval import Judged, Show, Watch, summary
+from glm.training.policy_eval import Judged, Show, Watch, with_distribution
 from glm.training.ppo_terms import (
     ScoreScale,
     adapted_kl_coef,
@@ -214,7 +214,8 @@ def update(
             found = summed(found)
             found["grad_norm"] = nn.utils.clip_grad_norm_(actors.trained, params.max_grad_norm)
             if not torch.isfinite(found["grad_norm"]):
-                raise FloatingPointError(f"PPO step {step}: the gradient's norm is {found['grad_norm'].item()}")
+                norm = found["grad_norm"].item()
+                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}: lower ppo.learning_rate")
             optimizer.step()
             if minibatches == 0:  # nothing is trained yet: what differs is the rounding of decoder and forward
                 sums["rollout_gap"] = found["gap"]
@@ -251,15 +252,16 @@ def _loss(
 def report(experience: Experience, losses: dict[str, float], kl_coef: float, end: int) -> dict[str, float]:
     """The numbers of one step, for the curves.
 
-    Those of `summary`, of the answers that were learned from; the KL to the reference by k3 besides (`kl_k3`) and its
-    coefficient; and the means over the update: losses, entropy, share of clipped tokens, gradient norm, and
-    `approx_kl`, how far the update went from the policy that drew the answers (k3, nats a token). `rollout_gap` is the
-    mean difference of log-probabilities between rollout and training forward before the first update.
+    Those of `with_distribution`, of the answers that were learned from; the KL to the reference by k3 besides
+    (`kl_k3`) and its coefficient; and the means over the update: losses, entropy, share of clipped tokens, gradient
+    norm, and `approx_kl`, how far the update went from the policy that drew the answers (k3, nats a token).
+    `rollout_gap` is the mean difference of log-probabilities between rollout and training forward before the first
+    update.
     """
     mask, kl = experience.batch.mask, (experience.logprobs - experience.reference).sum(-1)
     return (
         losses
-        | summary(Judged(experience.answers, experience.scores, kl), end)
+        | with_distribution(Judged(experience.answers, experience.scores, kl), end)
         | {
             "kl_k3": k3(experience.logprobs, experience.reference, mask).mean().item(),
             "kl_coef": kl_coef,

@@ -15,7 +15,7 @@ from glm.data.encode import end_id
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.distributed import rank, summed_numbers, world_size
-from glm.training.policy_eval import Judged, summary
+from glm.training.policy_eval import Judged, with_distribution
 from glm.training.policy_loop import run
 
 
@@ -31,7 +31,8 @@ def train(
 ) -> dict[str, float]:
     """Train the policy adapter in place on `prompts`; see `policy_loop.run` for the rest and the options.
 
-    Curves: `policy_eval.summary` of all answers, `best_reward` of those that are learned, their `loss` in nats a token.
+    Curves: `policy_eval.with_distribution` of all answers, `best_reward` of those that are learned, and their `loss`
+    in nats a token.
     """
     count = params.num_generations
 
@@ -49,7 +50,7 @@ def train(
             part_loss = -logprobs.sum() / tokens
             part_loss.backward()
             loss += part_loss.item()
-        numbers = summed_numbers({"loss": loss}, scores.device) | summary(
+        numbers = summed_numbers({"loss": loss}, scores.device) | with_distribution(
             Judged(samples.answers, scores, kl), end_id(tokenizer)
         )
         return numbers | {"best_reward": scores[best].mean().item()}

@@ -3,9 +3,13 @@
 TRL brings the loss and the loop; data, tokens, rollouts (our decoder), rewards, looks at held-out prompts and the
 numbers in the curves are ours. It trains the adapter "policy" on the one base, and compares with "ref", a copy of it as
 it was. A killed run goes on from the Trainer's own checkpoint.
+
+Of several processes each computes its share of a batch, and DDP takes the mean of the gradients. All have torch's
+generators in the same state, so that answers and their split into parts do not depend on how many there are.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,32 +25,20 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from glm.config import Grouped, Rival
+from glm.config import Rival
 from glm.training.actors import Actors
-from glm.training.batch import batch_of
-from glm.training.checkpoint import Checkpoints
+from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
+from glm.training.distributed import from_first, rank
 from glm.training.policy_eval import Show, Watch
-from glm.training.policy_loop import batch_at
 from glm.training.trainer import Log, Progress
 
 POLICY = "policy.pt"  # in a checkpoint's folder: the adapter
-STATE = "policy_eval.pt"  # in a checkpoint's folder: the first look and the curves so far
-ONLINE_NAMES = {  # what GRPO's and RLOO's trainers log, and its name in our curves
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "kl": "kl_per_token",
-    "entropy": "entropy",
-    "clip_ratio/region_mean": "clip_fraction",
-    "completions/mean_length": "response_length",
-    "completions/clipped_ratio": "truncated",
-    "frac_reward_zero_std": "zero_spread",
-}
+RNG = "rng_state.pt"  # there too: the generators, which are the same in all processes
+STATE = "policy_eval.pt"  # there too, written last: the first look and the curves so far
 
 
 def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
@@ -67,47 +59,12 @@ def arguments(params: Rival, folder: Path, seed: int) -> dict[str, Any]:
         "save_total_limit": 2,
         "gradient_checkpointing": False,
         "disable_dropout": True,
+        "ddp_find_unused_parameters": False,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
-    }
-
-
-def online_arguments(params: Grouped) -> dict[str, Any]:
-    """What GRPO and RLOO have in common: one batch of prompts with their answers is one optimizer step."""
-    parts = params.gradient_accumulation_steps
-    return {
-        "per_device_train_batch_size": params.batch_size * params.num_generations // parts,
-        "gradient_accumulation_steps": parts,
-        "steps_per_generation": parts,
-        "num_generations": params.num_generations,
-        "num_iterations": params.num_iterations,
-        "beta": params.beta,
-        "epsilon": params.epsilon,
-        "max_completion_length": params.max_new_tokens,
-        "temperature": params.temperature,
-        "shuffle_dataset": False,  # see online_inputs
-    }
-
-
-def online_inputs(
-    actors: Actors, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], params: Grouped, seed: int
-) -> dict[str, Any]:
-    """Model, rewards and data of GRPO's and RLOO's trainers.
-
-    The prompts of all steps come one after the other: TRL's own order is not found again after a break.
-    """
-    from datasets import Dataset
-
-    batches = range(1, -(-params.max_steps // params.num_iterations) + 1)
-    order = [index for batch in batches for index in batch_at(batch, len(prompts), params.batch_size, seed)]
-    return {
-        "model": actors.model,
-        "reward_funcs": reward_function(actors, tokenizer),
-        "train_dataset": Dataset.from_dict({"prompt": [prompts[index] for index in order]}),
-        "processing_class": tokenizer,
     }
 
 
@@ -128,6 +85,7 @@ def prepare(actors: Actors, make_trainer: "Callable[[Path], PolicyCheckpoints]",
     del configs["default"]
     for name, parameter in actors.policy.items():
         actors.model.get_parameter(name.replace(".policy.", ".ref.")).copy_(parameter)
+    set_seed(trainer.args.seed)  # GRPO's and RLOO's trainers have given each process another one
     return trainer
 
 
@@ -142,25 +100,18 @@ class PolicyCheckpoints(Trainer):
         torch.save(self.actors.policy_state(), folder / POLICY)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.actors.load_policy_state(torch.load(Path(resume_from_checkpoint, POLICY), weights_only=True))
+        path = Path(resume_from_checkpoint, POLICY)
+        self.actors.load_policy_state(torch.load(path, map_location="cpu", weights_only=True))
 
+    # The Trainer would keep a file for each process, which another number of them could not go on from.
 
-class OnTokens(PolicyCheckpoints):
-    """Takes prompts that are token ids as they are; TRL would apply the chat template and encode."""
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            torch.save(rng_state(), Path(output_dir, RNG))
 
-    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return prompts, None, {}
-
-
-def reward_function(actors: Actors, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
-    """The actors' reward of token-id prompts and answers, as TRL's trainers ask for it; the policy stays active."""
-
-    def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        scores: Tensor = actors.score(batch_of(prompts, completion_ids, actors.model.device))
-        actors.use("policy")
-        return scores.tolist()
-
-    return reward
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_rng_state(torch.load(Path(checkpoint, RNG), map_location="cpu", weights_only=True))
 
 
 def run(
@@ -188,21 +139,27 @@ def run(
         FloatingPointError: the loss became NaN or infinite.
     """
     watch = Watch(actors, tokenizer, dev_prompts, params, seed=seed, log=log, show=show)
-    folder = checkpoints.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    last = get_last_checkpoint(str(folder))
-    if last and not Path(last, STATE).exists():  # killed while it was being written
-        shutil.rmtree(last)
-        last = get_last_checkpoint(str(folder))
-
+    last = last_checkpoint(checkpoints.folder)
     if last:
         watch.restore(torch.load(Path(last, STATE), weights_only=True))
-    trainer = prepare(actors, make_trainer, folder)
+    trainer = prepare(actors, make_trainer, checkpoints.folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Numbers(watch, params, names, progress, log_speed))
     result = trainer.train(resume_from_checkpoint=last)
     actors.use("policy")
     return {"steps": result.global_step, **watch.result()}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in `folder`. The first process removes one that was being written when it ended."""
+    last = None
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        last = get_last_checkpoint(str(folder))
+        if last and not Path(last, STATE).exists():
+            shutil.rmtree(last)
+            last = get_last_checkpoint(str(folder))
+    return from_first(last)
 
 
 class _Numbers(TrainerCallback):
@@ -245,4 +202,9 @@ class _Numbers(TrainerCallback):
         self.watch.record(step, values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        torch.save(self.watch.state(), Path(args.output_dir, f"checkpoint-{state.global_step}", STATE))
+        if not args.should_save:
+            return
+        target = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE)
+        temporary = target.with_suffix(".part")
+        torch.save(self.watch.state(), temporary)
+        os.replace(temporary, target)

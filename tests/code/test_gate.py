@@ -110,6 +110,8 @@ def test_a_gain_that_chance_may_have_made_is_none() -> None:
 
 def test_rows_that_do_not_match_and_broken_numbers_are_refused() -> None:
     gate = {"reward": NONE | {"epsilon": 100.0}}
+    nothing = replace(GOOD, challenger={}, champion={})  # there is a champion, but no row was judged
+    assert failed(nothing, bounds(gate)) == ["reward, compared"]
     short = replace(GOOD, champion={"reward": [1.0]})
     assert failed(short, bounds(gate)) == ["reward, compared"]
     broken = replace(GOOD, champion={"reward": [1.0, float("nan"), 1.0]})

@@ -133,7 +133,25 @@ def test_the_exit_status_is_that_of_who_failed_first(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"algorithm": "grpo"}, ["num_processes 2", "algorithm grpo", "TRL"]),
+        ({"algorithm": "kto", "kto.batch_size": 9}, ["num_processes 2: kto.batch_size 9", "a multiple of 2"]),
+        ({"algorithm": "kto", "kto.batch_size": 2}, ["kto.batch_size 2", "at least 4"]),
+        (
+            {
+                "algorithm": "grpo",
+                "grpo.batch_size": 3,
+                "grpo.num_generations": 6,
+                "grpo.gradient_accumulation_steps": 2,
+            },
+            [
+                "num_processes 2: grpo.batch_size 3 x num_generations 6",
+                "gradient_accumulation_steps 2",
+                "multiple of 2",
+            ],
+        ),
+        (
+            {"algorithm": "rloo", "rloo.batch_size": 5, "rloo.num_generations": 5},
+            ["rloo.batch_size 5", "multiple of 2"],
+        ),
         ({"ppo.mini_batch_size": 1}, ["num_processes 2", "1 of ppo.mini_batch_size"]),
         (
             {"launch.strategy": "fsdp", "sft.method": "full", "sft.optim": "adafactor"},

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -183,6 +184,40 @@ def test_a_stopped_stage_kills_its_run(tmp_path: Path, store: str, number: signa
     assert last_run(store).info.status == "KILLED"
     assert last_run(store).data.metrics["loss"] == 2.0
     assert not any(path.startswith(("metrics", "plots", "runs")) for path in files(folder))
+
+
+FLOW = """
+import os, sys
+from pathlib import Path
+from flows import guard
+
+command = ["sh", "-c", f"{sys.executable} toy.py; true"]  # the shell stays, as some of DVC's do
+with guard.running(command, cwd=Path.cwd(), env=os.environ) as process:
+    print(process.pid, flush=True)
+"""
+
+
+def test_a_stage_ends_where_its_flow_and_the_guard_are_killed_at_once(tmp_path: Path, store: str) -> None:
+    body = 'import time\nstage.log(1, {"loss": 2.0})\nwrite_text("started", "")\ntime.sleep(60)\nreturn {}'
+    folder = project(tmp_path, body)
+    command = [sys.executable, "-c", FLOW]
+    flow = subprocess.Popen(command, cwd=folder, env=environment(store), stdout=subprocess.PIPE, text=True)
+    assert flow.stdout is not None
+    guard = psutil.Process(int(flow.stdout.readline()))
+    while not (folder / "started").exists():
+        assert flow.poll() is None
+        time.sleep(0.1)
+    family = guard.children(recursive=True)
+    assert len(family) == 2  # the shell and the stage
+    guard.suspend()  # so that it sees nothing of what comes
+    flow.kill()
+    flow.communicate()
+    guard.kill()
+    left = psutil.wait_procs(family, timeout=20)[1]
+    for process in left:
+        process.kill()
+    assert not left
+    assert last_run(store).info.status == "KILLED"
 
 
 def test_progress_goes_to_the_file_of_the_flow(tmp_path: Path, store: str) -> None:

@@ -1,8 +1,8 @@
 """Trainings on a tiny random model in one process or in several: python -m tests.model.ranks FOLDER KIND,KIND… [DIE_AT]
 
-KIND is sft-METHOD-LAYOUT-STRATEGY, reward-METHOD-STRATEGY or an algorithm; LAYOUT is padded, packed, rows (packed for
-tokens_per_step) or selective (packed, activations computed again). Each writes its curves and what it has
-trained into FOLDER/KIND; tests/model/test_multi.py compares.
+KIND is sft-METHOD-LAYOUT-STRATEGY, reward-METHOD-STRATEGY, grpo-LOSS_TYPE or another algorithm; LAYOUT is padded,
+packed, rows (packed for tokens_per_step) or selective (packed, activations computed again). Each writes its curves and
+what it has trained into FOLDER/KIND; tests/model/test_multi.py compares.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from glm.config import Dpo, EmbeddedModel, Ppo, Raft, Reward, Rrhf, Sft
+from glm.config import Dpo, EmbeddedModel, Grpo, Kto, Ppo, Raft, Reward, Rloo, Rrhf, Sft
 from glm.models import embedded, load_tokenizer
 from glm.models.lineage import Lineage
 from glm.models.saving import save_trained
-from glm.training import distributed, dpo, ppo, raft, reward, rrhf, sft
+from glm.training import distributed, dpo, grpo, kto, ppo, raft, reward, rloo, rrhf, sft
 from glm.training.checkpoint import Checkpoints
 from tasks.launch import first, launched
 from tests.model.test_ppo import TOKENIZER, make_actors, prompts
@@ -152,6 +152,18 @@ def improved(kind: str, folder: Path, options: dict[str, Any]) -> dict[str, floa
         numbers = raft.train(*common, prompts(40), prompts(9), Raft(**every, num_generations=3), **options)
     elif kind == "dpo":
         numbers = dpo.train(*common, ranked(), prompts(9), Dpo(**every, tokens_per_forward=64), **options)
+    elif kind == "kto":
+        rows = [row for ranking in ranked(40) for row in kto.labelled_ranking(ranking)]  # 7 batches and 2 rows
+        numbers = kto.train(*common, rows, prompts(9), Kto(**every), **options)
+    elif kind.startswith("grpo"):
+        loss_type: Any = kind.removeprefix("grpo-")
+        parts = {"num_generations": 3, "gradient_accumulation_steps": 3}
+        again = 5 if loss_type == "grpo" else 1
+        grpo_params = Grpo(**every, **parts, loss_type=loss_type, num_iterations=again)
+        numbers = grpo.train(*common, prompts(40), prompts(9), grpo_params, **options)
+    elif kind == "rloo":
+        rloo_params = Rloo(**every, num_generations=3, num_iterations=5)
+        numbers = rloo.train(*common, prompts(40), prompts(9), rloo_params, **options)
     else:
         numbers = rrhf.train(*common, ranked(), prompts(9), Rrhf(**every, tokens_per_forward=64), **options)
     if first():
@@ -163,11 +175,11 @@ def improved(kind: str, folder: Path, options: dict[str, Any]) -> dict[str, floa
     return numbers
 
 
-def ranked() -> list[dict[str, Any]]:
+def ranked(number: int = 30) -> list[dict[str, Any]]:
     """Rankings of two and three answers."""
     return [
         {"sequences": [prompt + answer for answer in prompts(count)], "starts": [len(prompt)] * count}
-        for prompt, count in zip(prompts(30), [2, 3] * 15, strict=True)
+        for prompt, count in zip(prompts(number), [2, 3] * (number // 2), strict=True)
     ]
 
 

@@ -166,8 +166,12 @@ def test_a_classifier_of_another_family(tmp_path: Path) -> None:
         assert len(set(found)) == 3
     with pytest.raises(InputError, match="3 labels"):
         load(RewardModel(source="classifier", path=str(tiny_bert(tmp_path / "3", 3))))
-    with pytest.raises(InputError, match="no sequence classifier"):
+    with pytest.raises(InputError, match=r"^reward_model\.path: [^:]*/none: no such folder$"):
         load(RewardModel(source="classifier", path=str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no sequence classifier") as refused:
+        load(RewardModel(source="classifier", path=str(tmp_path / "empty")))
+    assert len(str(refused.value).splitlines()) == 1
     pretrained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1").bert
     pretrained.save_pretrained(tmp_path / "1")
     with pytest.raises(InputError, match=r"no trained classifier: its files have no classifier\.bias"):

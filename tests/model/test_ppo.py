@@ -25,7 +25,7 @@ from glm.training import ppo
 from glm.training.actors import Actors
 from glm.training.batch import batch_of
 from glm.training.checkpoint import Checkpoints, rng_state, set_rng_state
-from glm.training.policy_eval import Judged, summary
+from glm.training.policy_eval import Judged, with_distribution
 from glm.training.ppo_terms import ScoreScale
 from glm.training.token_logprobs import token_logprobs
 
@@ -69,7 +69,7 @@ def make_base() -> GlmForCausalLM:
 
 
 def make_actors(folder: Path, base=None, rollout=None) -> Actors:
-    """Actors of adapters that are written into `folder`, unless they are there."""
+    """Actors of adapters that are written into `folder`, unless they are there: several processes may read them."""
     base = base or make_base()
     for number, name in enumerate(("sft", "reward")):
         if (folder / name).exists():
@@ -82,10 +82,11 @@ def make_actors(folder: Path, base=None, rollout=None) -> Actors:
                 nn.init.normal_(parameter, std=0.02)
         save_lora(adapted, folder / name, "tiny")
         base = adapted.unload()
-    head = nn.Linear(base.config.hidden_size, 1, bias=False)
-    nn.init.zeros_(head.weight)
-    head.weight.data[0, 0] = 1.0  # where the halves differ
-    save_score(folder / "reward", head)
+        if name == "reward":
+            head = nn.Linear(base.config.hidden_size, 1, bias=False)
+            nn.init.zeros_(head.weight)
+            head.weight.data[0, 0] = 1.0  # where the halves differ
+            save_score(folder / "reward", head)
     return Actors(base, policy=folder / "sft", reference=folder / "sft", reward=folder / "reward", rollout=rollout)
 
 
@@ -242,7 +243,7 @@ def test_too_few_prompts_are_refused(tmp_path) -> None:
 
 def test_a_single_dev_prompt_has_a_spread() -> None:
     judged = Judged([[5, 6, 5, 6, 5]], torch.tensor([2.0]), torch.tensor([0.5]))
-    found = summary(judged, TOKENIZER.eos_token_id)
+    found = with_distribution(judged, TOKENIZER.eos_token_id)
     assert found == {
         "reward": 2.0,
         "reward_std": 0.0,

@@ -16,11 +16,14 @@ from tests.pipeline.conftest import ROOT, Project, last_run
 REST = ["sft", "evaluate_sft", "reward", "reward_judge", "ppo", "evaluate", "export"]
 
 
-def test_kill_9_leaves_no_process_and_the_next_run_goes_on(project: Project) -> None:
+def test_kill_9_of_flow_and_guard_leaves_no_process_and_the_next_run_goes_on(project: Project) -> None:
     flow = project.start_flow(SLEEP_sft="120")
     project.wait_for("sft")
+    watcher = next(process for process in project.processes() if "guard_process.py" in " ".join(process.cmdline()))
+    watcher.suspend()  # it sees nothing of the flow's end: both go at once
     flow.kill()
     flow.communicate()
+    watcher.kill()
     project.assert_nothing_runs()
     project.executed()
     project.flow()

@@ -1,14 +1,13 @@
 """The parts of telling where a model came from; test_real_stages.py has the whole."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from rich.console import Console
 
-from apps.cli import app
-from flows import lineage
 from flows.lineage import Lineage, Node
-from flows.lineage_view import columns_of
+from flows.lineage_view import columns_of, draw, tree
 from tasks.record import inconsistencies, uncommitted_files, uncommitted_patch
 from tests.pipeline.conftest import Project
 
@@ -58,15 +57,6 @@ def test_what_does_not_fit_together_is_said(repository: Project) -> None:
     assert "export: not in dvc.lock" in found
 
 
-def test_long_lines_are_wrapped_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"run": "a-run", "commit": "0" * 40, "uncommitted": [], "requirements_lock_md5": "", "faults": []}
-    reason = " ".join(f"reason{number}" for number in range(50))
-    promoted = {"promoted.at": "now", "promoted.reason": reason}
-    monkeypatch.setattr(lineage, "trace", lambda target: Lineage("x", "1", facts | promoted, []))
-    shown = CliRunner().invoke(app, ["lineage", "models/x"], env={"COLUMNS": "80"}).stdout
-    assert all(word in shown for word in reason.split())
-
-
 def test_the_picture_goes_from_left_to_right() -> None:
     nodes = [
         Node("a", "data", "1"),
@@ -75,3 +65,16 @@ def test_the_picture_goes_from_left_to_right() -> None:
         Node("d", "model", "4", ["b"]),
     ]
     assert [[node.name for node in column] for column in columns_of(nodes)] == [["a"], ["b"], ["c", "d"]]
+
+
+def test_all_of_it_is_shown(tmp_path: Path) -> None:
+    """In a narrow terminal and a pipe too; and the picture's folder need not be there."""
+    metrics = {f"metric_{number}": 1.0 for number in range(6)}
+    nodes = [Node("a", "data", "1"), Node("b", "model", "2", ["a"], {"metrics": metrics})]
+    facts = {"run": "r", "commit": "0" * 40, "uncommitted": [], "requirements_lock_md5": None, "faults": []}
+    lineage = Lineage("models/b", "0" * 32, facts, nodes)
+    text = StringIO()
+    Console(file=text, width=50).print(tree(lineage))
+    assert all(name in text.getvalue() for name in metrics)
+    draw(lineage, tmp_path / "new" / "b.svg")
+    assert "<svg" in (tmp_path / "new" / "b.svg").read_text()

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -17,12 +18,16 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from flows import champion
+from flows import champion, promotion, registry
 from flows.errors import HubError, SmokeTestError
+from flows.gate import Decision
 from flows.registry import alias_version, moved_alias, register, smoke_test
+from flows.retrain import last_retraining
 from glm.config import Params, validate_params
 from glm.errors import InputError
+from tasks.judge import open_champion
 from tasks.lineage import content_hash
 from tasks.logged_models import ANSWER, EXAMPLE, log_chat_model, log_reward_model
 from tasks.tracking import open_store
@@ -213,6 +218,44 @@ def test_a_model_that_does_not_answer_is_no_challenger(store: MlflowClient, mode
     assert "smoke_test" not in store.get_model_version(NAME, "1").tags
 
 
+def test_the_alias_moves_after_the_model_has_answered(
+    store: MlflowClient, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed while the model is asked leaves the alias where it was."""
+    seen = []
+    monkeypatch.setattr(registry, "smoke_test", lambda uri: seen.append(alias_version(store, NAME, "challenger")))
+    register(models / "export", None, Params())
+    assert seen == [None] and alias_version(store, NAME, "challenger") == "1"
+
+
+def test_the_champion_is_opened_by_what_is_left_of_it(
+    store: MlflowClient, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = store.get_experiment_by_name("rlhf-pipeline").experiment_id
+    run = store.create_run(experiment)
+    store.log_param(run.info.run_id, "data.test_ratio", 0.3)
+    with mlflow.start_run(experiment_id=experiment):
+        logged = log_chat_model("export", Params().data, models / "export")
+    store.create_registered_model(NAME)
+    for source in (f"models:/{logged.model_id}", "/nowhere/1"):
+        store.create_model_version(NAME, source=source, tags={"glmflow.run.pipeline": run.info.run_id})
+    contender, splits = open_champion(f"models:/{NAME}/1", Params())
+    assert (contender.folder / "config.json").exists() and splits.test_ratio == 0.3
+
+    store.delete_run(run.info.run_id)
+    SqlAlchemyStore(mlflow.get_tracking_uri(), "unused")._hard_delete_run(run.info.run_id)  # `mlflow gc`
+    assert open_champion(f"models:/{NAME}/1", Params())[1] == Params().data
+    assert "its run is gone" in capsys.readouterr().err
+
+    with pytest.raises(InputError, match=f"models:/{NAME}/2: the champion's files cannot be had.*rollback"):
+        open_champion(f"models:/{NAME}/2", Params())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "MLmodel").write_text("flavors: {sklearn: {}}")
+    store.create_model_version(NAME, source=str(tmp_path / "other"))
+    with pytest.raises(InputError, match=f"models:/{NAME}/3: the champion was not logged by this project"):
+        open_champion(f"models:/{NAME}/3", Params())
+
+
 def test_a_failed_transaction_puts_the_alias_back(store: MlflowClient) -> None:
     store.create_registered_model(NAME)
     model = store.create_logged_model(store.get_experiment_by_name("rlhf-pipeline").experiment_id)
@@ -312,6 +355,66 @@ def test_a_move_that_cannot_be_recorded_does_not_happen(
         with pytest.raises(OSError, match="No space"):
             move()
         assert alias_version(versions, NAME, "champion") == "2"
+
+
+def test_a_move_that_a_kill_cut_off_is_found_again(versions: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    champion.promote("1", "the first", Params())
+    time.sleep(1.1)  # moves are recorded by the second
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(MlflowClient, "set_registered_model_tag", killed)  # after the alias, before the event
+        stays = lambda client, *where: nullcontext(client.set_registered_model_alias(*where))  # noqa: E731
+        patched.setattr(champion, "moved_alias", stays)
+        champion.promote("2", "better", Params(), by="gate")
+    assert alias_version(versions, NAME, "champion") == "2"
+    assert [(move.version, move.before, move.reason, move.by) for move in champion.moves(Params())][1:] == [
+        ("2", "1", "better", "gate")
+    ]
+    champion.promote("3", "best", Params())
+    assert champion.rollback("rude", Params()) == ("2", "3")
+    assert [move.version for move in champion.moves(Params())] == ["1", "2", "3", "2"]
+
+
+def test_a_decision_that_was_not_carried_out_is_none(
+    versions: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill, or a model that does not answer: the next retraining must not take the gate's word for the deed."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "reports" / "judge").mkdir(parents=True)
+    monkeypatch.setattr(promotion, "ROOT", tmp_path)
+    monkeypatch.setattr(promotion, "judge", lambda root, champion: None)
+    monkeypatch.setattr(promotion, "gate", lambda root, version, champion: Decision([]))
+    run_id = versions.get_model_version(NAME, "1").tags["glmflow.run.pipeline"]
+    versions.set_terminated(run_id)
+
+    def no_answer(uri: str) -> None:
+        raise SmokeTestError(uri)
+
+    with monkeypatch.context() as patched, pytest.raises(SmokeTestError):
+        patched.setattr(champion, "smoke_test", no_answer)
+        promotion.gate_version(tmp_path, "1", run_id)
+    assert last_retraining(Params()) is None
+    assert promotion.gate_version(tmp_path, "1", run_id).name == "Promoted"
+    assert last_retraining(Params()).data.tags["glmflow.gate"] == "passed"
+    promotion.decided(Params(), "1", "refused", "Li: rude")  # a person's later word
+    promotion.tell_run(Params(), "1")
+    assert last_retraining(Params()).data.tags["glmflow.gate"] == "refused"
+
+
+def test_the_champion_is_not_refused_for_being_it(versions: MlflowClient) -> None:
+    """By hand, or by a second run at the same time, while this one waited."""
+    champion.promote("1", "the first", Params())
+    champion.promote("2", "could not wait", Params())
+    assert promotion.promoted(Params(), "2", "1", "approved", by="Li").name == "Unchanged"
+    assert versions.get_model_version(NAME, "2").tags["gate.decision"] == "passed"
+    refused = promotion.promoted(Params(), "3", "1", "approved", by="Li")
+    assert refused.name == "Refused" and "the champion is version 2 now, the comparison was with 1" in refused.message
 
 
 def test_a_model_that_does_not_answer_is_no_champion(versions: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from glm.config import load_params
 from glm.files import write_json, write_text
+from tasks.launch import follow_guard
 from tasks.lineage import content_hash, stage_entry, stage_params
 from tasks.stage import step_of
 
@@ -25,6 +26,7 @@ def metrics(used: dict[str, Any], algorithm: str) -> dict[str, float]:
 
 
 def main(program: str) -> None:
+    follow_guard()
     with open(os.environ["EXECUTED"], "a") as file:
         file.write(f"{program}\n")
     print(f"this is {program}", flush=True)
