@@ -2,15 +2,17 @@
 
 import logging
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import uvicorn
+from fastapi import FastAPI
 from transformers import GenerationConfig
 
 from apps.models import Resolved
@@ -47,17 +49,37 @@ def check_binding(host: str, api_key: str | None, allow_anonymous: bool) -> None
         )
 
 
+def take_address(host: str, port: int) -> socket.socket:
+    """A socket of this address, at which nobody is heard yet: who loads a model first has it already.
+
+    Raises:
+        InputError: another program has it, or this machine has no such address.
+    """
+    listener = None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener:
+            listener.close()
+        raise InputError(f"host, port: {host}:{port}: {error.strerror}; choose another --port or --host") from None
+    return listener
+
+
 def serve(model: Resolved, options: Options, wanted: EngineOptions, *, host: str, port: int) -> None:
     """Answer until stopped (Ctrl-C, or SIGTERM).
 
     Raises:
-        InputError: there is no such model, or the engine cannot serve it.
+        InputError: there is no such model, the engine cannot serve it, or the address is not to be had.
     """
+    listener = take_address(host, port)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("glmflow.serve").setLevel(logging.INFO)
     options = replace(options, source_prefix=options.source_prefix or model.data.source_prefix, version=model.version)
     with open_engine(model, wanted) as engine:
-        address = f"http://{host}:{port}/v1"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         print(
             f"{model.describe()}\n{address}   model {options.name!r}; up to {engine.max_batch} answers at once, "
             f"{engine.how}, of {engine.max_length} tokens with their prompts\n"
@@ -66,7 +88,14 @@ def serve(model: Resolved, options: Options, wanted: EngineOptions, *, host: str
             flush=True,
         )
         app = create_app(engine, options)
-        uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=10)
+        answer(app, listener, farewell=10)
+
+
+def answer(app: FastAPI, listener: socket.socket, farewell: int) -> None:
+    """Serve the application until Ctrl-C or SIGTERM; requests under way then have `farewell` seconds to end."""
+    config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=farewell)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when it is done
+        uvicorn.Server(config).run([listener])
 
 
 @contextmanager

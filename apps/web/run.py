@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import socket
 import sys
 import webbrowser
 from pathlib import Path
@@ -13,11 +12,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from apps.serve.run import LOCAL
+from apps.serve.run import LOCAL, answer, take_address
 from apps.web.guard import PageGuard
 from apps.web.loaded import Models
 from apps.web.page import build, theme
@@ -78,12 +76,10 @@ def serve(host: str, port: int, user: str | None, password: str | None, show: bo
     """Answer until stopped (Ctrl-C, or SIGTERM). Runs that were started here go on. `show` opens a browser.
 
     Raises:
-        InputError: the page could be reached from elsewhere and has no password.
+        InputError: the page could be reached from elsewhere and has no password, or the address is not to be had.
     """
     login = check_login(host, user, password)
-    with socket.socket() as probe:
-        if probe.connect_ex((host if host not in ("0.0.0.0", "::") else "127.0.0.1", port)) == 0:
-            raise InputError(f"port: {port} is taken by another program: choose another")
+    listener = take_address(host, port)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn.error").addFilter(_is_fault)
     os.chdir(ROOT)
@@ -95,7 +91,7 @@ def serve(host: str, port: int, user: str | None, password: str | None, show: bo
     if show:
         Timer(1.0, webbrowser.open, [address]).start()
     try:
-        uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=3)
+        answer(app, listener, farewell=3)
     finally:
         models.close()
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from schemathesis import openapi
 
-from apps.serve.run import check_binding
+from apps.models import Resolved
+from apps.serve.app import Options
+from apps.serve.run import EngineOptions, check_binding, serve
 from glm.data.raw_rows import read_rows
 from glm.data.registry import read_registry
 from glm.errors import InputError
@@ -170,6 +172,13 @@ def test_the_key_is_needed_everywhere_but_for_the_health_check(server: Running) 
         with pytest.raises(InputError, match="--api-key"):
             check_binding(host, key, anonymous)
     check_binding("127.0.0.1", None, False), check_binding("0.0.0.0", "k", False), check_binding("0.0.0.0", None, True)
+
+
+def test_an_address_that_is_not_to_be_had_is_told_before_the_model_is_loaded(server: Running) -> None:
+    taken = int(server.url.rpartition(":")[2])
+    for host, port, said in (("127.0.0.1", taken, "in use"), ("192.0.2.1", 8000, "address"), ("no.such.host", 1, "")):
+        with pytest.raises(InputError, match=f"host, port: {host}:{port}: .*{said}"):
+            serve(Resolved("a", "a/model-that-is-not-there"), Options("a"), EngineOptions(), host=host, port=port)
 
 
 def test_who_goes_away_frees_the_place_and_a_full_queue_is_said(tmp_path: Path) -> None:
